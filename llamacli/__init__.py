@@ -1,0 +1,3 @@
+"""The command line for Llama 2 on your own machine."""
+
+__version__ = "0.1.0"
