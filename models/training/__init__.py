@@ -1,0 +1,1 @@
+"""How the bundled tiny model was made: generated conversations, a small transformer, a GGUF file."""
