@@ -1,0 +1,1 @@
+"""Tokens in, tokens out. Knows nothing of HTTP, terminals or chat."""

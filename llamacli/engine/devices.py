@@ -1,0 +1,56 @@
+"""GPUs that this build of llama.cpp can use. What the operating system shows is machine.py's to say."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from llamacli.engine.bindings import bindings
+
+_GPU_KINDS = {1: "GPU", 2: "integrated GPU"}  # ggml-backend.h: enum ggml_backend_dev_type
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory in bytes, at the time of asking."""
+
+    name: str
+    description: str
+    kind: str
+    backend: str
+    free: int
+    total: int
+
+
+def gpu_devices() -> list[Device]:
+    """In llama.cpp's order, which is the order it fills them in."""
+    lib = bindings().c._lib
+    for function in ("ggml_backend_dev_get", "ggml_backend_dev_backend_reg"):
+        getattr(lib, function).restype = ctypes.c_void_p
+    for function in ("ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_reg_name"):
+        getattr(lib, function).restype = ctypes.c_char_p
+        getattr(lib, function).argtypes = [ctypes.c_void_p]
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    lib.ggml_backend_dev_type.argtypes = lib.ggml_backend_dev_backend_reg.argtypes = [ctypes.c_void_p]
+    lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p] + [ctypes.POINTER(ctypes.c_size_t)] * 2
+    lib.ggml_backend_dev_memory.restype = None
+    found = []
+    for i in range(lib.ggml_backend_dev_count()):
+        device = lib.ggml_backend_dev_get(i)
+        kind = _GPU_KINDS.get(lib.ggml_backend_dev_type(device))
+        if kind is None:
+            continue
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        backend = lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device))
+        name, description = lib.ggml_backend_dev_name(device), lib.ggml_backend_dev_description(device)
+        texts = [(raw or b"").decode("utf-8", "replace") for raw in (name, description, backend)]
+        found.append(Device(texts[0], texts[1], kind, texts[2], free.value, total.value))
+    return found
+
+
+def build_features() -> str:
+    """What this build was compiled with and found on the CPU, in llama.cpp's words."""
+    info: bytes = bindings().c.llama_print_system_info()
+    return info.decode("utf-8", "replace").strip().rstrip("|").strip()

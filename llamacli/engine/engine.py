@@ -1,0 +1,197 @@
+"""Sequences in, deltas out, one batch at a time: schedule, run, commit. No threads of its own.
+
+One thread owns an engine; only abort() may be called from another.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+from llamacli.engine.detokenizer import Detokenizer
+from llamacli.engine.kv import KvCache
+from llamacli.engine.model import Aborted, BatchFailed, KvFull, Model, Sampler
+from llamacli.engine.scheduler import Scheduler
+from llamacli.engine.sequence import Delta, FinishReason, SamplingParams, Sequence, Usage
+from llamacli.errors import InputTooLong, ResourceError, UsageError
+
+
+@dataclass(slots=True)
+class _Request:
+    """A sequence with what draws its tokens and what turns them into text."""
+
+    sequence: Sequence
+    params: SamplingParams
+    sampler: Sampler
+    detokenizer: Detokenizer
+
+
+class Engine:
+    """Continuous batching over a model.
+
+    n_limit        tokens that one sequence may hold at most, prompt and answer; by default all cells
+    max_cells      the cache may grow up to here while a single sequence runs
+    step_seconds   time that prompts may take of a step; None when nobody waits for anybody
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_limit: int | None = None,
+        max_cells: int | None = None,
+        step_seconds: float | None = 0.25,
+    ) -> None:
+        self.model = model
+        self.kv = KvCache(model.n_cells, model.n_slots, model)
+        self._max_cells = max(max_cells or 0, model.n_cells)
+        self.n_limit = min(n_limit or self._max_cells, self._max_cells)
+        self._scheduler = Scheduler(self.kv, n_batch=model.n_batch, step_seconds=step_seconds)
+        self._requests: dict[int, _Request] = {}
+        self._next_id = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
+
+    def add(self, prompt: Iterable[int], params: SamplingParams | None = None, *, trim: bool = False) -> Sequence:
+        """Queue a prompt. Its answer comes out of step() under the sequence's id.
+
+        Raises UsageError for an empty prompt or an unknown token, InputTooLong when no token of an answer fits.
+        """
+        params = params or SamplingParams()
+        sequence = Sequence(self._next_id, prompt, params.max_tokens)
+        self._check(sequence.tokens)
+        sampler = self.model.sampler(params, sequence.tokens)
+        self._next_id += 1
+        detokenizer = Detokenizer(params.stop, trim=trim)
+        self._requests[sequence.id] = _Request(sequence, params, sampler, detokenizer)
+        self._scheduler.add(sequence)
+        return sequence
+
+    def _check(self, prompt: array[int]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        if min(prompt) < 0 or max(prompt) >= self.model.n_vocab:
+            raise UsageError(f"the prompt holds a token outside 0..{self.model.n_vocab - 1}")
+        if len(prompt) >= self.n_limit:
+            raise InputTooLong(
+                f"the prompt is {len(prompt):,} tokens; the context holds {self.n_limit:,}, the answer included"
+            )
+
+    def step(self) -> list[Delta]:
+        """Run one batch. Returns what it added to each sequence; may be empty while prompts are read."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return self._relieve()
+        started = perf_counter()
+        try:
+            rows = self.model.run(chunks)
+        except KvFull:
+            return [] if self._scheduler.on_full(chunks) else self._relieve()
+        except Aborted:
+            self._roll_back(chunk.sequence for chunk in chunks)
+            return []
+        except BatchFailed:
+            self._roll_back(chunk.sequence for chunk in chunks)
+            return [self._finish(chunk.sequence, FinishReason.FAILED) for chunk in chunks]
+        self._scheduler.commit(chunks, perf_counter() - started)
+        return [
+            self._advance(chunk.sequence, row) for chunk, row in zip(chunks, rows, strict=True) if chunk.wants_logits
+        ]
+
+    def generate(
+        self, prompt: Iterable[int], params: SamplingParams | None = None, *, trim: bool = False
+    ) -> Iterator[Delta]:
+        """The answer to one prompt, for an engine that serves nobody else. Closing the iterator cancels it."""
+        assert self.is_idle, "the deltas of other sequences would be lost; use add() and step()"
+        sequence = self.add(prompt, params, trim=trim)
+        try:
+            while sequence.id in self._requests:
+                for delta in self.step():
+                    if delta.sequence_id == sequence.id:
+                        yield delta
+        finally:
+            self.cancel(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a sequence at any stage and give its cells back. Does nothing if it has ended already."""
+        if sequence.id in self._requests:
+            self._retire(sequence, keep=False)
+
+    def abort(self) -> None:
+        """Stop the step that is running, or else the next one. For another thread, on the way out."""
+        self.model.abort()
+
+    def close(self) -> None:
+        """Cancel everything and free the model's context."""
+        for request in list(self._requests.values()):
+            self.cancel(request.sequence)
+        self.kv.clear()
+        self.model.close()
+
+    def _advance(self, sequence: Sequence, row: int) -> Delta:
+        """Draw the next token of a sequence and say what it adds to the text."""
+        request = self._requests[sequence.id]
+        token = request.sampler.sample(row)
+        if token is None:
+            return self._finish(sequence, FinishReason.DEAD_END)
+        params = request.params
+        logprobs = None if params.logprobs is None else self.model.logprobs(row, token, params.logprobs)
+        if self.model.is_eog(token):
+            return self._finish(sequence, FinishReason.STOP)
+        sequence.tokens.append(token)
+        text = request.detokenizer.feed(self.model.piece(token))
+        reason = self._reason_to_end(request)
+        if reason is None:
+            return Delta(sequence.id, text, token, logprobs)
+        return self._finish(sequence, reason, text, token)._replace(logprobs=logprobs)
+
+    def _reason_to_end(self, request: _Request) -> FinishReason | None:
+        sequence = request.sequence
+        if request.detokenizer.stopped:
+            return FinishReason.STOP
+        if sequence.max_tokens is not None and sequence.n_generated >= sequence.max_tokens:
+            return FinishReason.LENGTH
+        if len(sequence.tokens) >= self.n_limit:
+            return FinishReason.CONTEXT
+        return None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, text: str = "", token: int | None = None) -> Delta:
+        text += self._requests[sequence.id].detokenizer.flush()
+        self._retire(sequence, keep=reason is not FinishReason.FAILED)
+        usage = Usage(sequence.n_prompt, sequence.n_generated, sequence.n_cached)
+        return Delta(sequence.id, text, token, None, reason, usage)
+
+    def _retire(self, sequence: Sequence, *, keep: bool) -> None:
+        self._scheduler.remove(sequence, keep=keep)
+        self._requests.pop(sequence.id).sampler.close()
+
+    def _roll_back(self, sequences: Iterable[Sequence]) -> None:
+        """Make llama.cpp forget rows of a batch that did not complete."""
+        for sequence in sequences:
+            assert sequence.slot is not None
+            self.model.seq_rm(sequence.slot, sequence.n_computed, -1)
+
+    def _relieve(self) -> list[Delta]:
+        """The one running sequence finds no cell, and no kept prefix is left: enlarge the cache, or end it."""
+        if not self._scheduler.running:
+            return []
+        sequence = self._scheduler.running[0]
+        if self._grow(sequence):
+            return []
+        return [self._finish(sequence, FinishReason.CONTEXT)]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        n_cells = min(self._max_cells, max(2 * self.model.n_cells, len(sequence.tokens) + 1))
+        if n_cells <= self.model.n_cells:
+            return False
+        assert sequence.slot is not None
+        try:
+            self.model.grow(n_cells, sequence.slot)
+        except ResourceError:
+            return False
+        self.kv.cells.n_cells = self.model.n_cells
+        return True

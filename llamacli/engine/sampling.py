@@ -1,0 +1,176 @@
+"""Sampler chains and grammars of llama.cpp: which token comes next."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from llamacli.engine.bindings import bindings
+from llamacli.engine.sequence import SamplingParams
+from llamacli.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamacli.engine.llama import LlamaModel, Vocabulary
+
+TOP_K_BOUND = 1000  # candidates when top_k is off but top_p sorts them
+_NEVER = float("-inf")
+
+
+def draw_seed() -> int:
+    """A seed for a request that brought none."""
+    return int.from_bytes(os.urandom(4), "little") % (2**32 - 1)
+
+
+class LlamaSampler:
+    """The chain of one sequence: logit_bias → penalties → top_k → top_p → min_p → temperature → draw.
+
+    A grammar stays outside the chain: the chain draws, the grammar looks at that one token (8 us), and only
+    when it objects the whole vocabulary is filtered (2-5 ms) and the chain draws again. llama.cpp kills the
+    process when a grammar accepts an illegal token, so nothing is accepted unchecked.
+    """
+
+    def __init__(self, model: LlamaModel, vocabulary: Vocabulary, params: SamplingParams, prompt: array[int]) -> None:
+        self._bindings = bindings()
+        self._model = model
+        for token in params.logit_bias:
+            if not 0 <= token < vocabulary.n_tokens:
+                raise UsageError(f"logit_bias names token {token}; the vocabulary has {vocabulary.n_tokens:,} tokens")
+        self._grammar = _cloned_grammar(vocabulary, params.grammar) if params.grammar else None
+        self._chain: Any = _build_chain(vocabulary, params)
+        if _has_penalties(params):
+            for token in prompt[max(0, len(prompt) - params.penalty_last_n) :]:
+                self._bindings.fast.llama_sampler_accept(self._chain, token)
+        self._candidates = _Candidates(self._bindings.c, vocabulary.n_tokens) if self._grammar else None
+
+    def sample(self, row: int) -> int | None:
+        if self._candidates is None:
+            return self._model.draw(self._chain, row)
+        token = self._sample_legal(self._candidates, self._model.logits(row))
+        if token is not None:
+            self._bindings.fast.llama_sampler_accept(self._grammar, token)
+            self._bindings.fast.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _sample_legal(self, candidates: _Candidates, logits: Any) -> int | None:
+        apply = self._bindings.fast.llama_sampler_apply
+        token = candidates.drawn_by(apply, self._chain, logits)
+        if candidates.is_legal(apply, self._grammar, token):
+            return token
+        token = candidates.drawn_by(apply, self._chain, logits, first=self._grammar)
+        return token if candidates.is_legal(apply, self._grammar, token) else None
+
+    def close(self) -> None:
+        free = self._bindings.c.llama_sampler_free
+        if self._chain:
+            free(self._chain)
+        if self._grammar:
+            free(self._grammar)
+        self._chain = self._grammar = None
+
+
+class _Candidates:
+    """llama_token_data[n_vocab] (id, logit, p), filled from the logits each time a chain is to choose from it."""
+
+    def __init__(self, c: Any, n_vocab: int) -> None:
+        self._fresh = (c.llama_token_data * n_vocab)()
+        memoryview(self._fresh).cast("B").cast("i")[::3] = array("i", range(n_vocab))
+        self._data = (c.llama_token_data * n_vocab)()
+        self._logits = memoryview(self._data).cast("B").cast("f")[1::3]
+        self._all = c.llama_token_data_array(data=self._data, size=n_vocab, selected=-1, sorted=False)
+        self._one_data = (c.llama_token_data * 1)()
+        self._one = c.llama_token_data_array(data=self._one_data, size=1, selected=-1, sorted=False)
+        self._n_vocab = n_vocab
+
+    def drawn_by(self, apply: Any, chain: Any, logits: Any, first: Any = None) -> int:
+        """The token that the chain selects, after the filter `first` if there is one. Accepts nothing."""
+        ctypes.memmove(self._data, self._fresh, ctypes.sizeof(self._data))
+        self._logits[:] = memoryview(logits).cast("B").cast("f")
+        self._all.size, self._all.selected, self._all.sorted = self._n_vocab, -1, False
+        if first:
+            apply(first, ctypes.byref(self._all))
+        apply(chain, ctypes.byref(self._all))
+        token: int = self._all.data[self._all.selected].id
+        return token
+
+    def is_legal(self, apply: Any, grammar: Any, token: int) -> bool:
+        self._one_data[0].id, self._one_data[0].logit = token, 1.0
+        self._one.size, self._one.selected = 1, -1
+        apply(grammar, ctypes.byref(self._one))
+        legal: bool = self._one_data[0].logit > _NEVER
+        return legal
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    neutral = params.repeat_penalty == 1 and params.frequency_penalty == 0 and params.presence_penalty == 0
+    return params.penalty_last_n > 0 and not neutral
+
+
+def _build_chain(vocabulary: Vocabulary, params: SamplingParams) -> Any:
+    c = bindings().c
+    chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+    biases = _biases(vocabulary, params)
+    if biases:
+        entries = (c.llama_logit_bias * len(biases))(*[c.llama_logit_bias(t, b) for t, b in biases.items()])
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_logit_bias(vocabulary.n_tokens, len(biases), entries))
+    if _has_penalties(params):
+        penalties = c.llama_sampler_init_penalties(
+            vocabulary.n_tokens,
+            params.penalty_last_n,
+            params.repeat_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+        c.llama_sampler_chain_add(chain, penalties)
+    for sampler in _selectors(params):
+        c.llama_sampler_chain_add(chain, sampler)
+    return chain
+
+
+def _selectors(params: SamplingParams) -> list[Any]:
+    """What narrows the candidates down, and the draw at the end. Neutral samplers are left out: each costs time."""
+    c = bindings().c
+    if params.temperature <= 0:
+        return [c.llama_sampler_init_greedy()]
+    selectors = []
+    sorts = params.top_p < 1
+    if params.top_k or sorts:
+        selectors.append(c.llama_sampler_init_top_k(params.top_k or TOP_K_BOUND))
+    if sorts:
+        selectors.append(c.llama_sampler_init_top_p(params.top_p, 1))
+    if params.min_p > 0:
+        selectors.append(c.llama_sampler_init_min_p(params.min_p, 1))
+    if params.temperature != 1:
+        selectors.append(c.llama_sampler_init_temp(params.temperature))
+    seed = draw_seed() if params.seed is None else params.seed
+    selectors.append(c.llama_sampler_init_dist(seed))
+    return selectors
+
+
+def _biases(vocabulary: Vocabulary, params: SamplingParams) -> dict[int, float]:
+    """The request's own biases, and the tokens that must never be drawn."""
+    biases = dict(params.logit_bias)
+    count = ctypes.c_int32()
+    suppressed = bindings().c.llama_vocab_get_suppress_tokens(vocabulary.pointer, ctypes.byref(count))
+    for i in range(count.value):
+        biases[suppressed[i]] = _NEVER
+    if params.ignore_eos:
+        biases |= dict.fromkeys(vocabulary.eog, _NEVER)
+    return biases
+
+
+def _cloned_grammar(vocabulary: Vocabulary, text: str) -> Any:
+    """A fresh copy of a grammar: compiling costs more than copying (6 us)."""
+    return bindings().c.llama_sampler_clone(_compiled_grammar(vocabulary.pointer, text))
+
+
+@lru_cache(maxsize=64)
+def _compiled_grammar(vocabulary_pointer: int, text: str) -> Any:
+    if "\0" in text:
+        raise UsageError("the grammar holds a NUL character")
+    grammar = bindings().c.llama_sampler_init_grammar(vocabulary_pointer, text.encode("utf-8", "replace"), b"root")
+    if not grammar:
+        raise UsageError("the grammar is not valid GBNF, or recurses to the left; its root rule must be called root")
+    return grammar

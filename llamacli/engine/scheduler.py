@@ -1,0 +1,192 @@
+"""Decides which tokens go into the next batch. Pure Python; knows nothing of llama.cpp."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from llamacli.engine.kv import KvCache, common_prefix
+from llamacli.engine.sequence import Chunk, Sequence
+
+MIN_CHUNK = 32  # smaller chunks read the weights too often for what they compute
+MIN_SHARED = 32  # a prefix shorter than this is not worth waiting for
+RESERVE = 32  # cells held back for each running sequence when another one is let in
+
+
+class Scheduler:
+    """First come, first served; decode rows first, then prompt chunks with the room that is left.
+
+    n_batch       rows of a batch at most
+    step_seconds  how long the prefill part of one step may take, so that no stream stalls behind a long
+                  prompt; None where nobody else waits
+    """
+
+    def __init__(self, kv: KvCache, *, n_batch: int, step_seconds: float | None = 0.25) -> None:
+        assert n_batch >= kv.n_slots, "every decoding sequence must find a row"
+        self.kv = kv
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self._n_batch = n_batch
+        self._step_seconds = step_seconds
+        self._prefill_rate = 0.0  # tokens/s, exponential average; 0 until measured
+        self._chunk_cap = n_batch  # halved while llama.cpp says the cache is full
+        self._leaders: dict[int, tuple[Sequence, int]] = {}  # sequence id → who computes its prefix, how far
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence, *, keep: bool = False) -> None:
+        """Take a sequence out, at any stage. `keep` leaves its tokens in the cache as a prefix for others."""
+        self._leaders.pop(sequence.id, None)
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+            return
+        self.running.remove(sequence)
+        if keep:
+            self.kv.keep(sequence.slot, sequence.tokens[: sequence.n_computed])
+        else:
+            self.kv.release(sequence.slot)
+        sequence.slot = None
+
+    def schedule(self) -> list[Chunk]:
+        """The next batch. Empty when there is nothing to do, or when the only running sequence finds no cell."""
+        self._admit()
+        while self.running:
+            chunks = self._decode_rows()
+            if chunks is not None:
+                chunks += self._prompt_chunks(self._n_batch - len(chunks))
+                if chunks:
+                    return chunks
+            if not self._preempt():
+                return []
+        return []
+
+    def commit(self, chunks: list[Chunk], seconds: float) -> None:
+        """Book a batch that llama.cpp has computed in this time."""
+        n_rows = 0
+        for sequence, _, n in chunks:
+            assert sequence.slot is not None
+            self.kv.extend(sequence.slot, n)
+            sequence.n_computed += n
+            n_rows += n
+        self._chunk_cap = self._n_batch
+        if n_rows >= MIN_CHUNK and seconds > 0:
+            rate = n_rows / seconds
+            self._prefill_rate = rate if not self._prefill_rate else 0.7 * self._prefill_rate + 0.3 * rate
+
+    def on_full(self, chunks: list[Chunk]) -> bool:
+        """llama.cpp found no cells for this batch. False when nothing is left to give up.
+
+        In order: a kept prefix, the size of prompt chunks, the youngest running sequence.
+        """
+        if self.kv.evict():
+            return True
+        longest = max(chunk.n for chunk in chunks)
+        if longest > 1:
+            self._chunk_cap = longest // 2
+            return True
+        return self._preempt()
+
+    def _decode_rows(self) -> list[Chunk] | None:
+        decoding = [s for s in self.running if s.n_pending == 1]
+        if not self.kv.make_room(len(decoding)):
+            return None
+        return [Chunk(s, s.n_computed, 1) for s in decoding]
+
+    def _prompt_chunks(self, n_rows: int) -> list[Chunk]:
+        prefilling = [s for s in self.running if s.n_pending > 1]
+        if not prefilling:
+            return []
+        n_decoding = len(self.running) - len(prefilling)
+        budget = min(n_rows, self._prefill_budget())
+        wanted = sum(s.n_pending for s in prefilling)
+        self.kv.make_room(min(budget, wanted) + n_decoding)
+        budget = min(budget, self.kv.cells.n_free - n_decoding)
+        chunks = []
+        for i, sequence in enumerate(prefilling):
+            share = -(-budget // (len(prefilling) - i))  # equal parts; what one does not need is left to the next
+            n = min(sequence.n_pending, share, self._chunk_cap)
+            if n > 0:
+                chunks.append(Chunk(sequence, sequence.n_computed, n))
+                budget -= n
+        return chunks
+
+    def _prefill_budget(self) -> int:
+        """Prompt tokens that fit into the time of one step."""
+        if self._step_seconds is None:
+            return self._n_batch
+        if not self._prefill_rate:
+            return 4 * MIN_CHUNK
+        return max(MIN_CHUNK, int(self._prefill_rate * self._step_seconds))
+
+    def _preempt(self) -> bool:
+        """Send the youngest running sequence back to wait; what it has computed is given up.
+
+        False for the only one: it must end instead.
+        """
+        if len(self.running) < 2:
+            return False
+        sequence = self.running.pop()
+        assert sequence.slot is not None
+        self.kv.release(sequence.slot)
+        sequence.slot = None
+        sequence.n_computed = 0
+        self.waiting.appendleft(sequence)
+        return True
+
+    def _admit(self) -> None:
+        held: list[Sequence] = []
+        while self.waiting and self.kv.can_lend:
+            sequence = self.waiting.popleft()
+            if self._is_led(sequence):
+                held.append(sequence)
+                continue
+            donor, length = self._longest_prefix(sequence)
+            if self._is_led(sequence):
+                held.append(sequence)
+            elif self._fits(sequence, donor, length):
+                self._start(sequence, donor, length)
+            else:
+                held.append(sequence)
+                break  # nobody overtakes a sequence that waits for room
+        self.waiting.extendleft(reversed(held))
+
+    def _is_led(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is just computing the prefix that this one can share."""
+        leader, length = self._leaders.get(sequence.id, (None, 0))
+        if leader is not None and leader.slot is not None and leader.n_computed < length:
+            return True
+        self._leaders.pop(sequence.id, None)
+        return False
+
+    def _longest_prefix(self, sequence: Sequence) -> tuple[int, int]:
+        """(slot, length) of the longest computed prefix. Notes a leader if waiting for it shares much more."""
+        slot, length = self.kv.best_cached(sequence.tokens)
+        leader, shareable = None, length + MIN_SHARED
+        for other in self.running:
+            common = common_prefix(sequence.tokens, other.tokens)
+            if min(common, other.n_computed) > length:
+                assert other.slot is not None
+                slot, length = other.slot, min(common, other.n_computed)
+            if common > max(shareable, other.n_computed + MIN_SHARED):
+                leader, shareable = other, common
+        last = len(sequence.tokens) - 1  # one row must be computed: the next token is drawn from it
+        if leader is not None and shareable > length + MIN_SHARED:
+            self._leaders[sequence.id] = leader, min(shareable, last)
+        return slot, min(length, last)
+
+    def _fits(self, sequence: Sequence, donor: int, length: int) -> bool:
+        if not self.running:
+            return True
+        active = [s.slot for s in self.running if s.slot is not None]
+        shared = length if donor in active else 0
+        room = self.kv.cells.n_cells - self.kv.cells.n_used_by(active)
+        return len(sequence.tokens) - shared + RESERVE * (len(active) + 1) <= room
+
+    def _start(self, sequence: Sequence, donor: int, length: int) -> None:
+        sequence.slot = self.kv.adopt(sequence.tokens, donor, length) if length else self.kv.lend()
+        if sequence.n_generated == 0:
+            sequence.n_cached = length
+        sequence.n_computed = length
+        # Keep the order of arrival: a sequence that was sent back is older than those that came later.
+        at = next((i for i, s in enumerate(self.running) if s.id > sequence.id), len(self.running))
+        self.running.insert(at, sequence)

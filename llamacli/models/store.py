@@ -1,0 +1,115 @@
+"""Which file is meant by a model reference. Knows nothing of what is inside the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llamacli.errors import ModelError
+
+TINY = "tiny"
+TINY_FILENAME = "tiny-llama2-chat.Q8_0.gguf"
+TINY_SHA256 = "577186b6078d9e10e84afcee78ab5c93d47eae69641be1ca1dbd4b80c5bca99e"
+
+# Names of published models: repository on the hub and name of the file, where Q stands for the quantization.
+PUBLISHED = {
+    "7b-chat": ("TheBloke/Llama-2-7B-Chat-GGUF", "llama-2-7b-chat.Q.gguf"),
+    "7b": ("TheBloke/Llama-2-7B-GGUF", "llama-2-7b.Q.gguf"),
+    "13b-chat": ("TheBloke/Llama-2-13B-chat-GGUF", "llama-2-13b-chat.Q.gguf"),
+    "13b": ("TheBloke/Llama-2-13B-GGUF", "llama-2-13b.Q.gguf"),
+    "70b-chat": ("TheBloke/Llama-2-70B-Chat-GGUF", "llama-2-70b-chat.Q.gguf"),
+    "70b": ("TheBloke/Llama-2-70B-GGUF", "llama-2-70b.Q.gguf"),
+    "codellama-7b-instruct": ("TheBloke/CodeLlama-7B-Instruct-GGUF", "codellama-7b-instruct.Q.gguf"),
+    "codellama-13b-instruct": ("TheBloke/CodeLlama-13B-Instruct-GGUF", "codellama-13b-instruct.Q.gguf"),
+    "codellama-34b-instruct": ("TheBloke/CodeLlama-34B-Instruct-GGUF", "codellama-34b-instruct.Q.gguf"),
+}
+DEFAULT_QUANTIZATION = "Q4_K_M"
+_HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@[\w.-]+)?(:[\w.-]+|/[\w./-]+\.gguf)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model on this machine. `name` is what the user called it; sha256 is None where none is known."""
+
+    name: str
+    path: Path
+    sha256: str | None = None
+
+
+def find(reference: str, directory: Path) -> ModelFile:
+    """The file that a reference means: a path, `tiny`, or a published name whose file lies in `directory`.
+
+    Raises ModelError that says how to get what is not here. Whether a path leads to a model at all is said by
+    whoever reads the file.
+    """
+    if reference == TINY:
+        return ModelFile(TINY, bundled(), TINY_SHA256)
+    name, _, quantization = reference.partition(":")
+    if name.lower() in PUBLISHED:
+        return _published(name.lower(), quantization.upper() or DEFAULT_QUANTIZATION, directory)
+    path = Path(reference).expanduser()
+    looks_like_hub = _HUB.fullmatch(reference) and not reference.startswith(".")
+    if path.exists() or (reference.endswith(".gguf") and reference.count("/") != 2):
+        return ModelFile(reference, path)
+    if looks_like_hub:
+        raise ModelError(
+            f"{reference} is not on this machine, and this version does not download: "
+            "fetch the .gguf file from the Hugging Face hub and give its path with -m"
+        )
+    if "/" in reference:
+        return ModelFile(reference, path)
+    raise _unknown(reference)
+
+
+def on_this_machine(directory: Path) -> list[ModelFile]:
+    """The bundled model, and every .gguf file in `directory`."""
+    paths = sorted(directory.glob("*.gguf")) if directory.is_dir() else []
+    return [ModelFile(TINY, bundled(), TINY_SHA256), *(ModelFile(path.stem, path) for path in paths)]
+
+
+def bundled() -> Path:
+    """The tiny model: beside this file in an installed package, in models/ at the top of a checkout."""
+    installed = Path(__file__).parent / "bundled" / TINY_FILENAME
+    return installed if installed.exists() else Path(__file__).parents[2] / "models" / TINY_FILENAME
+
+
+def verify(file: ModelFile) -> None:
+    """Check a file against the checksum that is known for it. Reads it whole: a second for every gigabyte."""
+    if file.sha256 is None:
+        return
+    found = sha256(replace(file, sha256=None))
+    if found != file.sha256:
+        raise ModelError(f"{file.path} is damaged: its sha256 is {found}, not {file.sha256}. Install llamacli again")
+
+
+def sha256(file: ModelFile) -> str:
+    """The checksum that is known, or else the file's own: a second for every gigabyte."""
+    if file.sha256 is not None:
+        return file.sha256
+    import hashlib
+
+    with file.path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _published(name: str, quantization: str, directory: Path) -> ModelFile:
+    repo_id, pattern = PUBLISHED[name]
+    filename = pattern.replace("Q.gguf", f"{quantization}.gguf")
+    path = directory / filename
+    if path.exists():
+        return ModelFile(name, path)
+    raise ModelError(
+        f"{name} is not on this machine, and this version does not download: fetch {filename} from {repo_id} "
+        f"on the Hugging Face hub into {directory}, or try -m {TINY}, the bundled model"
+    )
+
+
+def _unknown(reference: str) -> ModelError:
+    import difflib
+
+    names: Iterable[str] = (TINY, *PUBLISHED)
+    near = difflib.get_close_matches(reference.lower(), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}."
+    return ModelError(f"there is no model {reference!r}: {hint} A path to a .gguf file works too")
