@@ -94,7 +94,12 @@ class Vocabulary:
             size = -n
 
     def detokenize(self, tokens: array[int]) -> bytes:
+        """The bytes of some tokens; control tokens have none."""
         return b"".join(map(self.piece, tokens))
+
+    def spelt(self, tokens: array[int]) -> str:
+        """Some tokens as people should see them: control tokens with their names."""
+        return b"".join(self._read_piece(token, special=True) for token in tokens).decode("utf-8", "replace")
 
     @property
     def eog(self) -> frozenset[int]:
