@@ -186,6 +186,10 @@ class Directories:
     def config_file(self) -> Path:
         return self.config / "config.toml"
 
+    @property
+    def models(self) -> Path:
+        return self.data / "models"
+
 
 _Found = dict[str, tuple[object, Source]]
 

@@ -54,3 +54,15 @@ def build_features() -> str:
     """What this build was compiled with and found on the CPU, in llama.cpp's words."""
     info: bytes = bindings().c.llama_print_system_info()
     return info.decode("utf-8", "replace").strip().rstrip("|").strip()
+
+
+def backends() -> list[str]:
+    """What this build can compute with, in llama.cpp's names: CPU, CUDA, Metal, Vulkan ..."""
+    lib = bindings().c._lib
+    lib.ggml_backend_reg_count.restype = ctypes.c_size_t
+    lib.ggml_backend_reg_get.restype = ctypes.c_void_p
+    lib.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
+    lib.ggml_backend_reg_name.restype = ctypes.c_char_p
+    lib.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
+    names = [lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(i)) for i in range(lib.ggml_backend_reg_count())]
+    return [name.decode("utf-8", "replace") for name in names]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def find(reference: str, directory: Path) -> ModelFile:
     name, _, quantization = reference.partition(":")
     if name.lower() in PUBLISHED:
         return _published(name.lower(), quantization.upper() or DEFAULT_QUANTIZATION, directory)
-    path = Path(reference).expanduser()
+    path = _expanded(reference)
     looks_like_hub = _HUB.fullmatch(reference) and not reference.startswith(".")
     if path.exists() or (reference.endswith(".gguf") and reference.count("/") != 2):
         return ModelFile(reference, path)
@@ -61,6 +63,13 @@ def find(reference: str, directory: Path) -> ModelFile:
     if "/" in reference:
         return ModelFile(reference, path)
     raise _unknown(reference)
+
+
+def _expanded(reference: str) -> Path:
+    try:
+        return Path(reference).expanduser()
+    except RuntimeError:
+        raise ModelError(f"{reference}: there is no such user, so no such model file") from None
 
 
 def on_this_machine(directory: Path) -> list[ModelFile]:
@@ -84,14 +93,35 @@ def verify(file: ModelFile) -> None:
         raise ModelError(f"{file.path} is damaged: its sha256 is {found}, not {file.sha256}. Install llamacli again")
 
 
-def sha256(file: ModelFile) -> str:
-    """The checksum that is known, or else the file's own: a second for every gigabyte."""
+def sha256(file: ModelFile, cache: Path | None = None) -> str:
+    """The checksum that is known, or else the file's own: a second for every gigabyte.
+
+    cache   a directory that remembers it for as long as the file's size and time stay the same
+    """
     if file.sha256 is not None:
         return file.sha256
     import hashlib
 
+    state = file.path.stat()
+    key = f"{file.path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}"
+    note = cache / "sha256" / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest() if cache else None
+    with suppress(OSError):
+        if note and len(known := note.read_text("ascii").strip()) == 64:
+            return known
     with file.path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if note:
+        _remember(note, digest)
+    return digest
+
+
+def _remember(note: Path, digest: str) -> None:
+    """Written whole or not at all; a cache that cannot be written is no error."""
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_name(f"{note.name}.{os.getpid()}")
+        draft.write_text(digest + "\n", "ascii")
+        draft.replace(note)
 
 
 def _published(name: str, quantization: str, directory: Path) -> ModelFile:

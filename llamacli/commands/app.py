@@ -1,0 +1,240 @@
+"""The Typer application, and the one door through which every error leaves.
+
+Parses, builds the settings, calls one function, reports. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from llamacli import __version__
+from llamacli.config import Resolved, directories, resolve
+from llamacli.errors import LlamacliError
+
+# Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
+RESERVED = ("chat", "serve", "pull", "list", "show", "rm", "verify", "batch", "embed", "keys", "usage", "tune", "bench")
+
+COMMANDS = ("run", "config", "tokenize", "doctor")
+TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
+
+app = typer.Typer(
+    name="llamacli",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=False,
+)
+
+
+class _State:
+    started = 0.0
+
+
+def door(started: float) -> None:
+    """Run the program and leave it. An expected error is one line; any other shows its traceback."""
+    from llamacli.commands import terminal
+
+    _State.started = started
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `llamacli --help | head -1` ends as it would for grep
+    code = 1
+    try:
+        if "_LLAMACLI_COMPLETE" in os.environ:
+            _complete_as_run(os.environ)
+        terminal.complete_standard_streams()
+        code = app(args=route(sys.argv[1:]), prog_name="llamacli", standalone_mode=False) or 0
+    except LlamacliError as error:
+        terminal.print_line(str(error), sys.stderr)
+        code = error.exit_code
+    except typer.TyperException as error:
+        terminal.print_line(f"{error.format_message()} (llamacli --help)", sys.stderr)
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End the process without waiting for the engine's thread: it may be in the middle of a native call."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def route(arguments: list[str]) -> list[str]:
+    """Make `llamacli PROMPT` mean `llamacli run PROMPT`."""
+    first = arguments[0] if arguments else ""
+    if first in RESERVED:
+        raise _reserved(first)
+    return arguments if first in COMMANDS or first in TOP_OPTIONS else ["run", *arguments]
+
+
+def _complete_as_run(environ: MutableMapping[str, str]) -> None:
+    """Let the shell complete `llamacli --tem` as it would `llamacli run --tem`."""
+    for variable in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):  # bash; zsh and fish
+        words = environ.get(variable, "").split(maxsplit=1)
+        if (
+            len(words) == 2
+            and words[1].startswith("-")
+            and not any(o.startswith(words[1].strip()) for o in TOP_OPTIONS)
+        ):
+            environ[variable] = f"{words[0]} run {words[1]}"
+            if variable == "COMP_WORDS" and environ.get("COMP_CWORD", "").isdigit():
+                environ["COMP_CWORD"] = str(int(environ["COMP_CWORD"]) + 1)
+
+
+def _reserved(name: str) -> LlamacliError:
+    from llamacli.errors import UsageError
+
+    return UsageError(f"{name} is not in version {__version__}; to prompt with the word, say: llamacli -- {name}")
+
+
+def resolved(flags: dict[str, object]) -> Resolved:
+    """The settings under these flags, this environment and this machine's config file."""
+    return resolve(flags, os.environ, directories(os.environ).config_file)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llamacli {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog='Example: git diff | llamacli "Write a commit message"')
+def callback(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Llama 2 on your own machine. `llamacli PROMPT` is the same as `llamacli run PROMPT`."""
+
+
+def _model_names(incomplete: str) -> list[str]:
+    from llamacli.models import store
+
+    found = (file.name for file in store.on_this_machine(directories(os.environ).models))
+    return sorted(name for name in {*found, *store.PUBLISHED} if name.startswith(incomplete))
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", help="A model's name, or a path to a .gguf file. [7b-chat]", autocompletion=_model_names
+    ),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+@app.command(epilog='Example: llamacli run -m tiny "Tell me about llama2"')
+def run(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The prompt. With text on stdin: what to do with it. - reads the prompt from stdin."),
+    ] = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt; @FILE reads a file.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", help="The longest answer, in tokens. [the context's rest]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Randomness, 0-2; 0 takes the likeliest token. [0.6]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability. [0.9]")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; 0 is all. [40]")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Leave out what is less likely than this share of the likeliest. [0]")
+    ] = None,
+    repeat_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition. [1]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random choices; 0 is one too. [random]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. Repeatable.")] = None,
+    ctx_size: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens in the context. [the model's]")
+    ] = None,
+    gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
+    require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template; special tokens in the text are obeyed.")
+    ] = False,
+    on_overflow: Annotated[
+        str | None,
+        typer.Option(metavar="error|head|tail|middle", help="What to keep of an input that does not fit. [error]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the run instead.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
+    show_prompt: Annotated[
+        bool, typer.Option("--show-prompt", help="Show the prompt's text and ids on stderr.")
+    ] = False,
+    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
+    no_cache: Annotated[
+        bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")
+    ] = None,
+    quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
+    verbose: Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")] = None,
+) -> int:
+    """Answer one prompt: an argument, a text on stdin, or both."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import run as command
+
+    options = command.RunOptions(
+        prompt=prompt,
+        stop=tuple(stop or ()),
+        raw=raw,
+        as_json=as_json,
+        stream=not no_stream,
+        show_prompt=show_prompt,
+    )
+    return command.run(resolved(flags).settings, options, directories(os.environ), started=_State.started)
+
+
+@app.command(epilog="Example: llamacli config")
+def config(as_json: JsonFlag = False) -> None:
+    """Show every setting and where it comes from."""
+    from llamacli.commands import config as command
+
+    command.show(resolved({}), directories(os.environ), as_json, sys.stdout)
+
+
+@app.command(epilog='Example: llamacli tokenize -m tiny "Tell me about llama2"')
+def tokenize(
+    text: Annotated[str | None, typer.Argument(help="The text; without it, or with -, stdin is read.")] = None,
+    model: Model = None,
+    count: Annotated[bool, typer.Option("--count", help="Print only how many tokens there are.")] = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Split a text into the model's tokens: one id and its piece on each line."""
+    from llamacli.commands import tokenize as command
+
+    return command.run(
+        resolved({"model": model}).settings, text, directories(os.environ).models, count_only=count, as_json=as_json
+    )
+
+
+@app.command(epilog="Example: llamacli doctor")
+def doctor(as_json: JsonFlag = False) -> int:
+    """Check this machine and this installation; say what is wrong and how to mend it."""
+    from llamacli.commands import doctor as command
+
+    return command.run(os.environ, as_json=as_json)
+
+
+def _settings_names() -> frozenset[str]:
+    from llamacli.config import RULES
+
+    return frozenset(RULES)
+
+
+_SETTINGS = _settings_names()

@@ -1,0 +1,190 @@
+"""From settings to a running engine: which file, will it fit, where it computes, with how many threads.
+
+Every choice is recorded with its reason, for `--json` and `-v`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llamacli import machine
+from llamacli.config import Settings
+from llamacli.engine import memory
+from llamacli.errors import ResourceError, UsageError
+from llamacli.gguf import Header, read_model
+from llamacli.models import store
+
+if TYPE_CHECKING:
+    from llamacli.engine.devices import Device
+    from llamacli.engine.engine import Engine
+    from llamacli.engine.llama import LlamaWeights
+
+FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
+FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
+MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
+MIN_BATCH = 32
+GPU_BUILD = (
+    "rebuild the bindings for it: CMAKE_ARGS=-DGGML_{backend}=on "
+    "pip install --force-reinstall --no-cache-dir llama-cpp-python=={version}"
+)
+BACKENDS = {"nvidia": "CUDA", "amd": "HIP", "intel": "VULKAN", "apple": "METAL"}
+
+Notice = Callable[[str], None]  # one line for the user, on stderr
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A setting that was chosen for this machine and this job."""
+
+    value: object
+    why: str
+
+
+@dataclass(slots=True)
+class Launch:
+    """A model on its way to an engine. Built by `prepare`, loaded by `load`, started by `start`."""
+
+    file: store.ModelFile
+    header: Header
+    settings: Settings
+    n_limit: int
+    choices: dict[str, Choice] = field(default_factory=dict)
+    max_cells: int = 0  # how far the KV cache may grow; set by `load`
+    device: str = "CPU"
+    weights: LlamaWeights | None = None
+
+
+def prepare(settings: Settings, models: Path, notice: Notice) -> Launch:
+    """Find the model file and read its header. Nothing native is loaded. Raises ModelError."""
+    file = store.find(settings.model, models)
+    header = read_model(file.path)
+    return Launch(file, header, settings, _limit(header, settings, notice))
+
+
+def load(launch: Launch, notice: Notice) -> LlamaWeights:
+    """Load the weights. Takes from 50 ms (mapped, in the page cache) to many seconds.
+
+    Raises ResourceError when they cannot fit, ModelError with llama.cpp's own reason, or UsageError where a GPU is
+    required in vain.
+    """
+    from llamacli.engine.llama import LlamaWeights, LoadOptions
+
+    store.verify(launch.file)
+    layers = _place(launch, notice)
+    launch.max_cells = _max_cells(launch, layers)
+    # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
+    launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
+    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=False))
+    return launch.weights
+
+
+def start(launch: Launch, n_prompt: int) -> Engine:
+    """An engine for one sequence, with a context as large as this prompt needs and room to grow.
+
+    Raises ResourceError when memory holds the model but not this prompt.
+    """
+    from llamacli.engine.engine import Engine
+    from llamacli.engine.llama import ContextOptions, LlamaModel
+
+    assert launch.weights is not None
+    if n_prompt >= launch.max_cells < launch.n_limit:
+        raise ResourceError(
+            f"the prompt is {n_prompt:,} tokens; memory has room for a context of {launch.max_cells:,}. "
+            "Shorten it, free some memory, or choose a smaller model"
+        )
+    # Filling the cache with zeros takes 0.25 s for every gigabyte: start small, most answers are short.
+    n_answer = min(launch.settings.max_tokens or FIRST_ANSWER, FIRST_ANSWER)
+    n_cells = min(n_prompt + n_answer, launch.max_cells)
+    n_batch = min(max(MIN_BATCH, n_prompt), MAX_BATCH)
+    threads, why = _threads(launch.settings)
+    launch.choices |= {
+        "threads": Choice(threads, why),
+        "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
+        "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
+    }
+    options = ContextOptions(n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads)
+    model = LlamaModel(launch.weights, options)
+    return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None)
+
+
+def _threads(settings: Settings) -> tuple[int, str]:
+    if settings.threads:
+        return settings.threads, "as set"
+    cores = machine.usable_cores()
+    limit = "" if cores.cgroup_limit is None else f", CPU time of {cores.cgroup_limit:g}"
+    return cores.threads, f"{cores.physical} cores{limit}"
+
+
+def _max_cells(launch: Launch, layers: int) -> int:
+    """How far the KV cache may grow: to the limit, or as far as memory goes."""
+    header, limit = launch.header, launch.n_limit
+    usable = machine.memory().usable
+    smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MIN_BATCH, gpu_layers=layers)
+    memory.check(smallest, usable)
+    blocks = -(-limit // memory.CELLS)
+    largest = memory.largest_context(header, usable, blocks * memory.CELLS, gpu_layers=layers)
+    if largest < limit:
+        launch.choices["context_limit"] = Choice(largest, f"{usable / 2**30:.1f} GiB of memory can be used")
+    return min(max(largest, memory.CELLS), limit)
+
+
+def _limit(header: Header, settings: Settings, notice: Notice) -> int:
+    """Tokens that a sequence may hold: the wish, or what the model was trained with."""
+    trained = header.context_length or FALLBACK_CONTEXT
+    if settings.ctx_size is None:
+        return trained
+    if settings.ctx_size > trained:
+        notice(f"--ctx-size {settings.ctx_size:,} is more than this model was trained with; using {trained:,}")
+    return min(settings.ctx_size, trained)
+
+
+def _place(launch: Launch, notice: Notice) -> int:
+    """How many layers go to a GPU; -1 is all of them."""
+    from llamacli.engine.devices import gpu_devices
+
+    devices = gpu_devices()
+    if not devices:
+        return _without_gpu(launch, notice)
+    wish = launch.settings.gpu_layers
+    n_all = launch.header.n_layer + 1  # the output layer counts as one
+    layers, why = _layers(launch, devices, wish, n_all)
+    launch.choices["gpu_layers"] = Choice(layers, why)
+    if layers == 0:
+        if launch.settings.require_gpu:
+            raise UsageError(f"--require-gpu, but no layer is placed on the GPU: {why}")
+        if wish != "0":
+            notice(f"running on the CPU: {why}")
+        return 0
+    launch.device = f"{devices[0].description or devices[0].name} ({min(layers, n_all)}/{n_all} layers)"
+    if layers < n_all:
+        notice(f"{layers} of {n_all} layers on the GPU: {why}")
+    return -1 if layers >= n_all else layers
+
+
+def _layers(launch: Launch, devices: list[Device], wish: str, n_all: int) -> tuple[int, str]:
+    if wish == "all":
+        return n_all, "--gpu-layers all"
+    if wish != "auto":
+        return min(int(wish), n_all), f"--gpu-layers {wish}"
+    free = sum(device.free for device in devices)
+    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit)
+    return min(layers, n_all), f"{free / 2**30:.1f} GiB of GPU memory are free"
+
+
+def _without_gpu(launch: Launch, notice: Notice) -> int:
+    from llamacli.engine.bindings import VERSION
+
+    present = machine.gpus()
+    settings = launch.settings
+    launch.choices["gpu_layers"] = Choice(0, "this build of llama.cpp has no GPU backend")
+    remedy = GPU_BUILD.format(backend=BACKENDS.get(present[0].vendor, "VULKAN") if present else "CUDA", version=VERSION)
+    if settings.require_gpu:
+        raise UsageError(f"--require-gpu, but this build of llama.cpp can use none: {remedy}")
+    if present and settings.gpu_layers != "0":
+        notice(f"running on the CPU: {present[0].name} is here, but this build of llama.cpp cannot use it; {remedy}")
+    elif settings.gpu_layers not in ("auto", "0"):
+        notice(f"running on the CPU: --gpu-layers {settings.gpu_layers} has no effect, this build has no GPU backend")
+    return 0

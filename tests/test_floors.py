@@ -1,0 +1,146 @@
+"""The house keeps its own rules: imports go down only, third parties have one home, start-up stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamacli.errors import LlamacliError
+
+PACKAGE = Path(__file__).parents[1] / "llamacli"
+
+# From the ground up. A room may import rooms on lower floors, and those on its own floor that stand before it.
+FLOORS = [
+    ["errors", "__init__"],
+    ["config", "machine", "gguf_header", "gguf"],
+    ["prompt", "engine.sequence", "engine.detokenizer"],
+    ["models.store", "engine.kv", "engine.model", "engine.memory", "engine.bindings"],
+    ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
+    ["engine.engine"],
+    ["launch", "diagnosis", "problems"],
+    ["commands.terminal", "commands.config", "commands.tokenize", "commands.doctor", "commands.run"],
+    ["commands.app"],
+    ["__main__"],
+]
+EMPTY = ["models.__init__", "engine.__init__", "commands.__init__"]
+# A third-party library's only home.
+HOMES = {
+    "llama_cpp": ["engine.bindings"],
+    "numpy": ["engine.llama"],
+    "jinja2": ["prompt"],
+    "platformdirs": ["config"],
+    "typer": ["commands.app"],
+    "rich": [],
+    "huggingface_hub": [],
+}
+HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
+
+
+def room_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+ROOMS = {room_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """What stands under `if TYPE_CHECKING:` is not imported when the program runs."""
+    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    return {inner for block in blocks for inner in ast.walk(block)}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    skipped = for_types_only(tree)
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    ours = {name.removeprefix("llamacli.") for name in imports_of(path) if name.startswith("llamacli.")}
+    return {name for name in ours if name in HEIGHT}
+
+
+def test_every_room_has_its_floor() -> None:
+    assert sorted(ROOMS) == sorted([*HEIGHT, *EMPTY])
+
+
+@pytest.mark.parametrize("room", HEIGHT)
+def test_imports_go_down_only(room: str) -> None:
+    above = {other for other in rooms_imported(ROOMS[room]) if HEIGHT[other] >= HEIGHT[room]}
+    assert not above, f"{room} imports what stands above or beside it: {above}"
+
+
+def test_scheduler_and_llama_never_meet_but_in_the_engine() -> None:
+    assert "engine.llama" not in rooms_imported(ROOMS["engine.scheduler"])
+    assert "engine.scheduler" not in rooms_imported(ROOMS["engine.llama"])
+    assert "engine.llama" not in rooms_imported(ROOMS["engine.engine"])
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_third_party_library_has_one_home(library: str) -> None:
+    users = [room for room, path in ROOMS.items() if any(n.split(".")[0] == library for n in imports_of(path))]
+    assert set(users) <= set(HOMES[library])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_file_opens_by_saying_what_it_is_for(room: str) -> None:
+    assert ast.get_docstring(ast.parse(ROOMS[room].read_text("utf-8")))
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """The modules in a process that ran the program with these arguments."""
+    code = (
+        "import os, sys\n"
+        f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
+        "os._exit = lambda code: sys.exit(code)\n"
+        "import llamacli.__main__ as program\n"
+        "try: program.main()\n"
+        "finally: print('LOADED', *sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=True
+    )
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+HEAVY = {"llama_cpp", "numpy", "jinja2", "huggingface_hub", "rich", "pydantic", "platformdirs", "asyncio", "fastapi"}
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"]])
+def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
+    loaded = loaded_by(*arguments)
+    assert not HEAVY & loaded
+    assert not {name for name in loaded if name.startswith("llamacli.engine")}
+
+
+def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use() -> None:
+    loaded = loaded_by("-m", "tiny", "-n", "1", "hi")
+    assert "llama_cpp.llama_cpp" in loaded
+    assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
+
+
+def test_every_error_knows_its_exit_code_and_its_http_status() -> None:
+    codes = {each.__name__: each.exit_code for each in LlamacliError.__subclasses__()}
+    assert codes == {
+        "UsageError": 2,
+        "InputTooLong": 4,
+        "ModelError": 5,
+        "ResourceError": 6,
+        "SchemaError": 7,
+        "RemoteError": 8,
+        "EngineError": 1,
+    }
+    assert all(400 <= each.http_status < 600 for each in LlamacliError.__subclasses__())
