@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from time import strftime
 from typing import NamedTuple, Protocol
 
 from llamacli.errors import InputTooLong, ModelError, UsageError
@@ -21,6 +22,7 @@ INVISIBLE = "\u200b"  # zero-width space: breaks a tag and leaves the text reada
 _LLAMA2_TAG = re.compile(r"\[/?INST\]|<</?SYS>>|</?s>")
 _LLAMA2_VOCABULARY = range(32_000, 32_017)  # Llama 2, and Code Llama with its infill tokens
 _GAP = "\n[...]\n"
+LONGEST_PIECE = 256  # characters that one token stands for at most, in any vocabulary: Llama 2's longest has 16
 
 
 class Message(NamedTuple):
@@ -186,6 +188,7 @@ def _render(template: str, messages: Sequence[Message], bos: str, eos: str) -> s
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = strftime
     try:
         return environment.from_string(template).render(
             messages=[m._asdict() for m in messages], bos_token=bos, eos_token=eos, add_generation_prompt=True
@@ -230,18 +233,15 @@ def fit(
 
     Raises InputTooLong.
     """
+    if policy == "error" and len(text) > limit * LONGEST_PIECE:
+        raise _too_long(f"{len(text):,} characters", limit)
     prompt = build(text)
-    n_input = len(tokenizer.tokenize(text))
-    if policy == "error":
-        if len(prompt.tokens) >= limit:
-            raise InputTooLong(
-                f"the input is {len(prompt.tokens):,} tokens; the context holds {limit:,}, the answer included. "
-                "Shorten it, or choose --on-overflow head, tail or middle"
-            )
-        return Fitted(prompt, n_input, n_input)
-    if len(prompt.tokens) <= room:
-        return Fitted(prompt, n_input, n_input)
+    if policy == "error" and len(prompt.tokens) >= limit:
+        raise _too_long(f"{len(prompt.tokens):,} tokens", limit)
     tokens = tokenizer.tokenize(text)
+    n_input = len(tokens)
+    if policy == "error" or len(prompt.tokens) <= room:
+        return Fitted(prompt, n_input, n_input)
     n_kept = n_input - (len(prompt.tokens) - room)
     while n_kept > 0:
         prompt = build(_cut(tokens, n_kept, policy, tokenizer))
@@ -252,6 +252,13 @@ def fit(
     raise InputTooLong(
         f"the instruction and the system prompt alone leave no room for the input: the context holds {limit:,} "
         "tokens. Shorten them, or choose a larger --ctx-size"
+    )
+
+
+def _too_long(size: str, limit: int) -> InputTooLong:
+    return InputTooLong(
+        f"the input is {size}; the context holds {limit:,} tokens, the answer included. "
+        "Shorten it, or choose --on-overflow head, tail or middle"
     )
 
 

@@ -262,6 +262,11 @@ def test_an_answer_cut_by_the_context_is_exit_code_three_and_keeps_what_there_is
     assert "64 tokens" in one_line(done.stderr)
 
 
+def test_an_input_without_end_is_not_read_to_its_end(environment: dict[str, str]) -> None:
+    done = shell("yes | llamacli Summarise", environment)
+    assert done.returncode == 4 and "16 MiB" in one_line(done.stderr)
+
+
 def test_quiet_leaves_only_errors(llamacli: Run) -> None:
     done = llamacli("-q", "-n", "2", "--gpu-layers", "3", "hi")
     assert (done.stderr, done.returncode) == ("", 0)

@@ -209,6 +209,8 @@ def test_a_text_that_fits_is_left_alone(builder: PromptBuilder) -> None:
 def test_without_a_policy_too_long_is_an_error_with_both_numbers(builder: PromptBuilder) -> None:
     with pytest.raises(InputTooLong, match=r"1,\d\d\d tokens; the context holds 256"):
         fitted(builder, LONG, "error")
+    with pytest.raises(InputTooLong, match=r"300,000 characters; the context holds 256 tokens"):
+        fitted(builder, "x" * 300_000, "error")
 
 
 def test_an_instruction_that_fills_the_context_alone_is_an_error_under_any_policy(builder: PromptBuilder) -> None:

@@ -242,7 +242,9 @@ def _answer(job: _Job, progress: _Run) -> int:
         raise
     text = "".join(progress.text)
     if options.as_json:
-        terminal.write_all(terminal.STDOUT, (json.dumps(_record(job, progress), ensure_ascii=False) + "\n").encode())
+        record = json.dumps(_record(job, progress), ensure_ascii=False) + "\n"
+        # A path that is not UTF-8 comes out in JSON's own escapes.
+        terminal.write_all(terminal.STDOUT, record.encode("utf-8", "backslashreplace"))
     else:
         if not streams:
             answer.write(text)
@@ -306,7 +308,7 @@ def _record(job: _Job, progress: _Run) -> dict[str, object]:
             "revision": None,
             "template": str(fitted.prompt.format),
         },
-        "context_size": launch.n_limit,
+        "context_size": min(launch.n_limit, launch.max_cells),
         "device": launch.device,
         "settings": {name: asdict(choice) for name, choice in launch.choices.items()}
         | {"on_overflow": settings.on_overflow},

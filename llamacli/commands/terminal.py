@@ -12,9 +12,10 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from llamacli.errors import ResourceError, UsageError
+from llamacli.errors import InputTooLong, ResourceError, UsageError
 
 STDIN, STDOUT = 0, 1
+MAX_INPUT = 16 << 20  # bytes; `yes | llamacli` must come to an end
 PATIENCE = 3.0  # seconds before a silent stdin is mentioned
 
 # C0 but tab and newline, DEL, C1, and the bidirectional controls that make text read as what it is not.
@@ -84,6 +85,7 @@ def die_of(number: signal.Signals) -> None:
     """End as a program that does not know this signal: at once, silently, and so that the shell can tell."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    os._exit(128 + number)  # only reached if our parent has blocked the signal
 
 
 class Notices:
@@ -103,9 +105,11 @@ class Notices:
 
 
 def print_line(line: str, stream: TextIO | None) -> None:
-    text = harmless(" ".join(line.splitlines())).encode("utf-8", "backslashreplace").decode("utf-8")
-    with suppress(OSError, ValueError, UnicodeEncodeError):
-        print(f"llamacli: {text}", file=stream, flush=True)
+    if stream is None:  # closed by whoever started us
+        return
+    with suppress(OSError, ValueError):
+        stream.write(f"llamacli: {harmless(' '.join(line.splitlines()))}\n")
+        stream.flush()
 
 
 def print_block(text: str) -> None:
@@ -138,6 +142,7 @@ def read_stdin(notices: Notices) -> str:
     """
     mention = True
     parts: list[bytes] = []
+    n_bytes = 0
     while True:
         if mention and not os.isatty(STDIN) and not _arrives_within(PATIENCE):
             notices.say("waiting for text on standard input (end it with Ctrl-D, or give </dev/null)")
@@ -152,6 +157,12 @@ def read_stdin(notices: Notices) -> str:
         if not part:
             return decoded(b"".join(parts), "standard input", notices).rstrip("\r\n")
         parts.append(part)
+        n_bytes += len(part)
+        if n_bytes > MAX_INPUT:
+            raise InputTooLong(
+                f"standard input is more than {MAX_INPUT >> 20} MiB, thousands of times what a context holds: "
+                "pipe in the part that matters"
+            )
 
 
 def _arrives_within(seconds: float) -> bool:

@@ -63,14 +63,15 @@ class Log:
         self.lines: deque[tuple[int, str]] = deque(maxlen=size)
         self._level = _INFO
 
-    def append(self, level: int, text: bytes, _: object) -> None:
+    def append(self, level: int, text: bytes | None, _: object) -> None:
+        line = (text or b"").decode("utf-8", "replace").rstrip("\n")
         if level != _CONT:
             self._level = level
         elif self.lines:
             level, last = self.lines.pop()
-            self.lines.append((level, last + text.decode("utf-8", "replace").rstrip("\n")))
+            self.lines.append((level, last + line))
             return
-        self.lines.append((self._level, text.decode("utf-8", "replace").rstrip("\n")))
+        self.lines.append((self._level, line))
 
     def reason(self) -> str:
         """The first error since the log was cleared, without the name of the C function that reported it."""

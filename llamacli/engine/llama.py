@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from llamacli.engine.bindings import bindings
 from llamacli.engine.model import Aborted, BatchFailed, KvFull
-from llamacli.engine.sampling import LlamaSampler
+from llamacli.engine.sampling import Grammars, LlamaSampler
 from llamacli.engine.sequence import Alternative, Chunk, Logprobs, SamplingParams
 from llamacli.errors import ModelError, ResourceError, UsageError
 
@@ -48,6 +49,7 @@ class Vocabulary:
         self.bos: int = c.llama_vocab_bos(pointer)
         self.eos: int = c.llama_vocab_eos(pointer)
         self.adds_bos: bool = c.llama_vocab_get_add_bos(pointer)
+        self.grammars = Grammars(pointer)
         self._pieces: dict[int, bytes] = {}
         self._eog: frozenset[int] | None = None
 
@@ -140,7 +142,7 @@ class LlamaWeights:
         params.vocab_only = options.vocab_only
         self._bindings.keep_log()
         self.path = path
-        self.pointer: int | None = c.llama_model_load_from_file(str(path).encode(), params)
+        self.pointer: int | None = c.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise ModelError(f"{path} cannot be loaded: {self._bindings.log.reason()}")
         self.vocabulary = Vocabulary(c.llama_model_get_vocab(self.pointer))
@@ -148,6 +150,7 @@ class LlamaWeights:
 
     def close(self) -> None:
         if self.pointer:
+            self.vocabulary.grammars.close()
             self._bindings.c.llama_model_free(self.pointer)
             self.pointer = None
 
