@@ -195,6 +195,8 @@ class LlamaModel:
         self.piece = weights.vocabulary.piece
         self.is_eog = weights.vocabulary.is_eog
         self._bindings.silence_log()
+        if options.n_slots > 1:
+            import numpy  # noqa: F401  (for argmax(): not in the middle of somebody's answer)
 
     def _create(self, n_cells: int) -> int:
         options, c = self._options, self._c
@@ -238,6 +240,12 @@ class LlamaModel:
         """Let a sampler chain draw from the logits of a row. The row must have been flagged in the last batch."""
         token: int = self._bindings.fast.llama_sampler_sample(chain, self._context, row)
         return token
+
+    def argmax(self, row: int) -> int:
+        """The likeliest token of a row: in numpy a twentieth of what a sampler chain takes for it (40 us)."""
+        import numpy as np
+
+        return int(np.frombuffer(self.logits(row), dtype=np.float32).argmax())
 
     def logits(self, row: int) -> Any:
         """float32[n_vocab], owned by llama.cpp and valid until the next run(). A ctypes array."""

@@ -43,9 +43,13 @@ class LlamaSampler:
         if _has_penalties(params):
             for token in prompt[max(0, len(prompt) - params.penalty_last_n) :]:
                 self._bindings.fast.llama_sampler_accept(self._chain, token)
+        # Importing numpy costs more than a single answer can save, so only a model for many sequences does it.
+        self._is_argmax = model.n_slots > 1 and _is_greedy(params) and not _biases(vocabulary, params)
         self._candidates = _Candidates(self._bindings.c, vocabulary.n_tokens) if self._grammar else None
 
     def sample(self, row: int) -> int | None:
+        if self._is_argmax:
+            return self._model.argmax(row)
         if self._candidates is None:
             return self._model.draw(self._chain, row)
         token = self._sample_legal(self._candidates, self._model.logits(row))
@@ -135,6 +139,11 @@ class _Candidates:
 def _has_penalties(params: SamplingParams) -> bool:
     neutral = params.repeat_penalty == 1 and params.frequency_penalty == 0 and params.presence_penalty == 0
     return params.penalty_last_n > 0 and not neutral
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    """Whether nothing but the model's own logits decides. (A bias is looked for apart.)"""
+    return params.temperature == 0 and params.grammar is None and not _has_penalties(params)
 
 
 def _build_chain(vocabulary: Vocabulary, params: SamplingParams) -> Any:
