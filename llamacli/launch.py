@@ -5,7 +5,7 @@ Every choice is recorded with its reason, for `--json` and `-v`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from llamacli import machine
 from llamacli.config import Settings
 from llamacli.engine import memory
+from llamacli.engine.bindings import VERSION
 from llamacli.errors import ResourceError, UsageError
 from llamacli.gguf import Header, read_model
+from llamacli.machine import Gpu
 from llamacli.models import store
 
 if TYPE_CHECKING:
@@ -70,10 +72,11 @@ def load(launch: Launch, notice: Notice) -> LlamaWeights:
     Raises ResourceError when they cannot fit, ModelError with llama.cpp's own reason, or UsageError where a GPU is
     required in vain.
     """
+    from llamacli.engine.devices import gpu_devices
     from llamacli.engine.llama import LlamaWeights, LoadOptions
 
     store.verify(launch.file)
-    layers = _place(launch, notice)
+    layers = place(launch, gpu_devices(), machine.gpus(), notice)
     launch.max_cells = _max_cells(launch, layers)
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
@@ -141,46 +144,47 @@ def _limit(header: Header, settings: Settings, notice: Notice) -> int:
     return min(settings.ctx_size, trained)
 
 
-def _place(launch: Launch, notice: Notice) -> int:
-    """How many layers go to a GPU; -1 is all of them."""
-    from llamacli.engine.devices import gpu_devices
+def place(launch: Launch, devices: Sequence[Device], present: Sequence[Gpu], notice: Notice) -> int:
+    """How many layers go to a GPU; -1 is all of them.
 
-    devices = gpu_devices()
+    devices   GPUs that this build of llama.cpp can use
+    present   GPUs that the operating system shows
+
+    Raises UsageError where a GPU is required and cannot be had.
+    """
     if not devices:
-        return _without_gpu(launch, notice)
+        return _without_gpu(launch, present, notice)
     wish = launch.settings.gpu_layers
     n_all = launch.header.n_layer + 1  # the output layer counts as one
     layers, why = _layers(launch, devices, wish, n_all)
     launch.choices["gpu_layers"] = Choice(layers, why)
     if layers == 0:
         if launch.settings.require_gpu:
-            raise UsageError(f"--require-gpu, but no layer is placed on the GPU: {why}")
+            raise UsageError(f"--require-gpu, but no layer can be placed on the GPU: {why}")
         if wish != "0":
-            notice(f"running on the CPU: {why}")
+            notice(f"running on the CPU: {why}, not enough for one layer")
         return 0
-    launch.device = f"{devices[0].description or devices[0].name} ({min(layers, n_all)}/{n_all} layers)"
-    if layers < n_all:
-        notice(f"{layers} of {n_all} layers on the GPU: {why}")
-    return -1 if layers >= n_all else layers
+    launch.device = f"{devices[0].description or devices[0].name} ({layers}/{n_all} layers)"
+    if layers < n_all and wish == "auto":
+        notice(f"{layers} of {n_all} layers on the GPU, the others on the CPU: {why}")
+    return -1 if layers == n_all else layers
 
 
-def _layers(launch: Launch, devices: list[Device], wish: str, n_all: int) -> tuple[int, str]:
+def _layers(launch: Launch, devices: Sequence[Device], wish: str, n_all: int) -> tuple[int, str]:
     if wish == "all":
-        return n_all, "--gpu-layers all"
+        return n_all, "as set"
     if wish != "auto":
-        return min(int(wish), n_all), f"--gpu-layers {wish}"
+        return min(int(wish), n_all), "as set"
     free = sum(device.free for device in devices)
     layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit)
     return min(layers, n_all), f"{free / 2**30:.1f} GiB of GPU memory are free"
 
 
-def _without_gpu(launch: Launch, notice: Notice) -> int:
-    from llamacli.engine.bindings import VERSION
-
-    present = machine.gpus()
+def _without_gpu(launch: Launch, present: Sequence[Gpu], notice: Notice) -> int:
     settings = launch.settings
     launch.choices["gpu_layers"] = Choice(0, "this build of llama.cpp has no GPU backend")
-    remedy = GPU_BUILD.format(backend=BACKENDS.get(present[0].vendor, "VULKAN") if present else "CUDA", version=VERSION)
+    backend = BACKENDS.get(present[0].vendor, "VULKAN") if present else "CUDA"
+    remedy = GPU_BUILD.format(backend=backend, version=VERSION)
     if settings.require_gpu:
         raise UsageError(f"--require-gpu, but this build of llama.cpp can use none: {remedy}")
     if present and settings.gpu_layers != "0":

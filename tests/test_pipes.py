@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import PROGRAM, Golden, Run, golden
 
+from benchmarks import synthetic
 from llamacli.models import store
 
 LLAMA2 = "Tell me about llama2"
@@ -390,6 +391,32 @@ def test_ctrl_c_at_any_time_is_130_and_no_traceback(delay: float, environment: d
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         assert process.wait(10) in (130, 0, 3)
+        assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, and enough of them that one thread reads a long prompt for ten seconds or more."""
+    path = tmp_path_factory.mktemp("slow") / "slow.gguf"
+    synthetic.write(path, synthetic.Shape(n_layer=12, n_embd=1024, n_ff=2816, n_head=16, n_head_kv=16), "slow-chat")
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_heard_in_the_middle_of_a_long_prompt(
+    number: signal.Signals, slow_model: Path, environment: dict[str, str]
+) -> None:
+    with started(["-m", str(slow_model), "--show-prompt", "Sum"], environment, "word " * 3500) as process:
+        assert process.stderr is not None and process.stdout is not None
+        while b"[/INST]" not in process.stderr.readline():  # shown just before the engine begins to read
+            pass
+        time.sleep(0.5)
+        process.send_signal(number)
+        sent = time.monotonic()
+        code = process.wait(30)
+        assert time.monotonic() - sent < 1, "it has waited for something"
+        assert code == (130 if number == signal.SIGINT else -number)
+        assert process.stdout.read() == b""
         assert b"Traceback" not in process.stderr.read()
 
 

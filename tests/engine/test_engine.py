@@ -259,13 +259,13 @@ def test_closing_the_iterator_cancels_the_answer() -> None:
     assert engine.is_idle and is_clean(engine, model)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_ten_thousand_random_steps_leave_nothing_in_use(seed: int) -> None:
     chance = random.Random(seed)
     model = ScriptedModel(n_cells=96, n_slots=5, n_batch=16)
     engine = Engine(model, n_limit=60)
     live: list[Sequence] = []
-    for _ in range(2_500):
+    for _ in range(10_000):
         act = chance.random()
         if act < 0.3 and len(live) < 12:
             prompt = list(range(3, 3 + chance.randint(1, 40)))[:: chance.choice([1, 1, 2])]

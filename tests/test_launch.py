@@ -1,0 +1,112 @@
+"""From settings to an engine: where a model is placed, how far its context may grow, and what the user is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamacli import launch as launching
+from llamacli.config import Settings
+from llamacli.engine.bindings import VERSION
+from llamacli.engine.devices import Device
+from llamacli.errors import ModelError, ResourceError, UsageError
+from llamacli.launch import Launch, load, place, prepare, start
+from llamacli.machine import Gpu
+from llamacli.models import store
+
+GIB = 1 << 30
+NVIDIA = Gpu("nvidia", "NVIDIA H200")
+
+
+def prepared(tmp_path: Path, **settings: object) -> tuple[Launch, list[str]]:
+    """A launch of the tiny model, and the list its notices go to."""
+    notices: list[str] = []
+    chosen = replace(Settings(model="tiny", threads=1), **settings)  # type: ignore[arg-type]
+    return prepare(chosen, tmp_path, notices.append), notices
+
+
+def device(free: int) -> Device:
+    return Device("CUDA0", "NVIDIA H200", "GPU", "CUDA", free, 140 * GIB)
+
+
+def test_everything_goes_to_a_gpu_with_room_and_nobody_is_bothered(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    assert place(launch, [device(100 * GIB)], [NVIDIA], notices.append) == -1
+    assert (launch.device, notices) == ("NVIDIA H200 (6/6 layers)", [])
+    assert "100.0 GiB" in launch.choices["gpu_layers"].why
+
+
+def test_a_gpu_without_room_is_said_and_not_used(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    assert place(launch, [device(1 << 20)], [NVIDIA], notices.append) == 0
+    assert launch.device == "CPU"
+    assert len(notices) == 1 and "running on the CPU" in notices[0]
+
+
+def test_as_many_layers_as_are_asked_for(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path, gpu_layers="2")
+    assert place(launch, [device(GIB)], [NVIDIA], notices.append) == 2
+    assert launch.device == "NVIDIA H200 (2/6 layers)"
+    launch, notices = prepared(tmp_path, gpu_layers="all")
+    assert place(launch, [device(0)], [NVIDIA], notices.append) == -1
+    launch, notices = prepared(tmp_path, gpu_layers="0")
+    assert place(launch, [device(100 * GIB)], [NVIDIA], notices.append) == 0
+    assert notices == []
+
+
+def test_a_gpu_that_this_build_cannot_use_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    assert place(launch, [], [NVIDIA], notices.append) == 0
+    assert len(notices) == 1 and "-DGGML_CUDA=on" in notices[0]
+    launch, notices = prepared(tmp_path, gpu_layers="0")
+    place(launch, [], [NVIDIA], notices.append)
+    assert notices == []
+
+
+@pytest.mark.parametrize("devices", [[], [device(1 << 20)]])
+def test_a_required_gpu_that_cannot_be_had_is_an_error(devices: list[Device], tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path, require_gpu=True)
+    with pytest.raises(UsageError, match="--require-gpu"):
+        place(launch, devices, [NVIDIA], notices.append)
+
+
+def test_a_context_larger_than_the_model_was_trained_with_is_cut_and_said(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path, ctx_size=5000)
+    assert launch.n_limit == 1024
+    assert "5,000" in notices[0] and "1,024" in notices[0]
+
+
+def test_a_context_starts_as_large_as_the_prompt_needs(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path, max_tokens=10)
+    load(launch, notices.append)
+    engine = start(launch, 14)
+    assert (engine.model.n_cells, engine.n_limit) == (256, 1024)
+    assert launch.choices["context_start"].value == 24
+    engine.close()
+
+
+def test_a_prompt_that_memory_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    load(launch, notices.append)
+    launch.max_cells = 256  # as on a machine with little memory left
+    with pytest.raises(ResourceError, match="the prompt is 300 tokens; memory has room for a context of 256"):
+        start(launch, 300)
+
+
+def test_a_bundled_model_that_was_changed_is_never_run(tmp_path: Path) -> None:
+    damaged = bytearray(store.bundled().read_bytes())
+    damaged[-1000] ^= 1
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(damaged)
+    launch, notices = prepared(tmp_path)
+    launch.file = replace(launch.file, path=path)
+    with pytest.raises(ModelError, match="sha256"):
+        load(launch, notices.append)
+
+
+def test_the_remedy_names_the_pinned_bindings() -> None:
+    assert "llama-cpp-python=={version}" in launching.GPU_BUILD
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"llama-cpp-python=={VERSION}"' in pyproject
