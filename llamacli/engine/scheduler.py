@@ -129,7 +129,7 @@ class Scheduler:
         assert sequence.slot is not None
         self.kv.release(sequence.slot)
         sequence.slot = None
-        sequence.n_computed = 0
+        sequence.n_computed = 0  # until it is let in again
         self.waiting.appendleft(sequence)
         return True
 

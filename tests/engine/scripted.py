@@ -40,7 +40,8 @@ class ScriptedModel:
         self.batches: list[list[tuple[int, int, int]]] = []  # (sequence id, start, rows) of every batch
         self.outputs: dict[int, tuple[int, ...]] = {}
         self.n_samplers = 0
-        self.faults: list[Exception] = []  # raised by the next runs, before anything is computed
+        self.faults: list[Exception] = []  # raised by the next runs; KvFull before anything is computed
+        self.n_refused = 0  # batches for which there really were no cells: the ledger should have known
         self.is_closed = False
         self.n_grown = 0
         self._cells: list[tuple[int, int, set[int]]] = []
@@ -58,11 +59,19 @@ class ScriptedModel:
         n_rows = sum(chunk.n for chunk in chunks)
         assert 0 < n_rows <= self.n_batch
         assert len({chunk.sequence.slot for chunk in chunks}) == len(chunks), "one chunk for each slot"
-        if self.faults:
-            raise self.faults.pop(0)
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, KvFull):
+            raise fault
         if self.n_used + n_rows > self.n_cells:
+            self.n_refused += 1
             raise KvFull
+        if fault:
+            self._compute(chunks[:1])  # llama.cpp may have done a part of it
+            raise fault
         self.batches.append([(chunk.sequence.id, chunk.start, chunk.n) for chunk in chunks])
+        return self._compute(chunks)
+
+    def _compute(self, chunks: list[Chunk]) -> list[int]:
         self.outputs = {}
         row = -1
         rows = []

@@ -64,6 +64,10 @@ def test_the_earliest_stop_string_ends_the_text_wherever_tokens_are_cut(
         assert "".join(texts) == text
 
 
+def test_of_two_stop_strings_in_one_piece_the_earlier_counts() -> None:
+    assert Detokenizer(("two", "one")).feed(b"zero one two") == "zero "
+
+
 def test_the_beginning_of_a_stop_string_is_never_shown() -> None:
     detokenizer = Detokenizer(("</end>",))
     assert [detokenizer.feed(piece) for piece in (b"yes</", b"en", b"d>no")] == ["yes", "", ""]

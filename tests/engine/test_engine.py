@@ -94,6 +94,7 @@ def test_company_changes_nothing(seed: int) -> None:
             step(engine, deltas)
     drain(engine, deltas)
     assert {sequence_id: tokens_of(each) for sequence_id, each in deltas.items()} == expected
+    assert model.n_refused == 0
     assert is_clean(engine, model)
 
 
@@ -107,6 +108,44 @@ def test_a_long_prompt_does_not_stall_a_decoding_sequence() -> None:
         before = talking.n_generated
         engine.step()
         assert talking.n_generated == before + 1 or talking.id not in engine._requests
+
+
+def test_every_decoding_sequence_has_a_row_in_every_batch() -> None:
+    model = ScriptedModel(n_cells=200, n_slots=4)
+    engine = Engine(model)
+    for first in (3, 50, 100, 150):
+        engine.add([first, 4], SamplingParams(max_tokens=20))
+    engine.step()
+    for _ in range(15):
+        assert len(engine.step()) == 4
+
+
+def test_nobody_overtakes_a_sequence_that_waits_for_room() -> None:
+    model = ScriptedModel(n_cells=128, n_slots=4, n_batch=128)
+    engine = Engine(model, n_limit=100)
+    engine.add(list(range(3, 53)), SamplingParams(max_tokens=20))
+    engine.step()
+    large = engine.add(list(range(100, 160)), SamplingParams(max_tokens=5))
+    small = engine.add([9, 8, 7], SamplingParams(max_tokens=5))
+    engine.step()
+    assert (large.slot, small.slot) == (None, None)
+    ends = [d.sequence_id for _ in range(100) for d in engine.step() if d.finish_reason]
+    assert ends.index(large.id) <= ends.index(small.id)
+
+
+def test_a_sequence_that_was_sent_back_goes_on_before_those_that_came_later() -> None:
+    model = ScriptedModel(n_cells=90, n_slots=3, n_batch=90)
+    engine = Engine(model, n_limit=80)
+    first = engine.add(list(range(3, 13)), SamplingParams(max_tokens=60))
+    second = engine.add(list(range(103, 113)), SamplingParams(max_tokens=60))
+    engine.step()
+    while second.slot is not None:
+        engine.step()
+    third = engine.add([9, 8, 7], SamplingParams(max_tokens=60))
+    while second.slot is None:
+        engine.step()
+        assert third.slot is None or second.slot is not None
+    assert first.n_generated > second.n_generated
 
 
 def test_prompts_share_the_batch_with_decoding() -> None:
@@ -206,6 +245,12 @@ def test_llama_cpp_finding_no_cells_shrinks_the_work_and_fails_nobody() -> None:
     list(engine.generate([90, 91, 92], TEN))
     first = engine.add(list(range(3, 43)), TEN)
     second = engine.add(list(range(103, 143)), TEN)
+    model.faults += [KvFull(), KvFull()]
+    engine.step()
+    assert engine.kv.n_cached_slots == 0, "first a kept prefix goes"
+    engine.step()
+    engine.step()
+    assert max(n for _, _, n in model.batches[-1]) <= 16, "then prompt chunks are halved"
     model.faults += [KvFull() for _ in range(12)]
     deltas = drain(engine)
     assert tokens_of(deltas[first.id]) == alone(list(range(3, 43)), 10)
@@ -230,6 +275,7 @@ def test_a_failing_batch_ends_its_members_and_nobody_else() -> None:
     model.fail_once()
     deltas = drain(engine)
     assert deltas[broken.id][-1].finish_reason is FinishReason.FAILED
+    assert all(len(kept) > 3 for kept in engine.kv._cached.values()), "what it computed is not to be trusted"
     assert tokens_of(deltas[waiting.id]) == alone([4, 5, 6], 10)
     assert is_clean(engine, model)
 

@@ -157,11 +157,13 @@ def test_without_a_seed_every_answer_is_another(make_model: MakeModel) -> None:
     assert len({tuple(sampled(make_model(n_cells=256), NOISE)) for _ in range(4)}) > 1
 
 
-def test_temperature_zero_is_greedy_and_so_is_top_k_one(make_model: MakeModel, prompt: array[int]) -> None:
-    greedy = sampled(make_model(n_cells=256), prompt, temperature=0)
-    assert sampled(make_model(n_cells=256), prompt, top_k=1, seed=3) == greedy
-    assert sampled(make_model(n_cells=256), prompt, top_p=0.0, seed=3) == greedy
-    assert sampled(make_model(n_cells=256), prompt, min_p=1.0, seed=3) == greedy
+def test_temperature_zero_is_greedy_and_so_is_top_k_one(make_model: MakeModel) -> None:
+    greedy = sampled(make_model(n_cells=256), NOISE, temperature=0)
+    assert sampled(make_model(n_cells=256, n_slots=2), NOISE, temperature=0) == greedy  # drawn another way
+    assert sampled(make_model(n_cells=256), NOISE, top_k=1, seed=3) == greedy
+    assert sampled(make_model(n_cells=256), NOISE, top_k=1, top_p=0.9, seed=3) == greedy
+    assert sampled(make_model(n_cells=256), NOISE, top_p=0.0, seed=3) == greedy
+    assert sampled(make_model(n_cells=256), NOISE, min_p=1.0, seed=3) == greedy
 
 
 def test_a_banned_token_is_never_drawn_and_a_favoured_one_always(make_model: MakeModel, prompt: array[int]) -> None:
