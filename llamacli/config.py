@@ -133,7 +133,7 @@ class Settings:
     top_p: float = field(
         default=0.9, metadata=number("Sample from the likeliest tokens with this total probability.", 0, 1)
     )
-    top_k: int = field(default=40, metadata=whole("Sample from this many likeliest tokens; 0 is all.", 0))
+    top_k: int = field(default=40, metadata=whole("Sample from this many likeliest tokens; 0 is all.", 0, 2**31 - 1))
     min_p: float = field(
         default=0.0, metadata=number("Leave out tokens less likely than this share of the likeliest.", 0, 1)
     )

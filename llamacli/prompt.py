@@ -178,11 +178,10 @@ def _check_roles(messages: Sequence[Message]) -> None:
 
 def _render(template: str, messages: Sequence[Message], bos: str, eos: str) -> str:
     """A Hugging Face chat template over these messages, in Jinja's sandbox: the template is somebody's download."""
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message: str) -> None:
-        raise UsageError(f"the model's chat template refuses this conversation: {message}")
+    def refuse(message: object) -> None:
+        raise UsageError(f"the model's chat template refuses this conversation: {' '.join(str(message).split())}")
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -193,9 +192,12 @@ def _render(template: str, messages: Sequence[Message], bos: str, eos: str) -> s
         return environment.from_string(template).render(
             messages=[m._asdict() for m in messages], bos_token=bos, eos_token=eos, add_generation_prompt=True
         )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # the template is a program of somebody else's, and may fail in any way
+        said = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"the model's chat template cannot be rendered ({type(error).__name__}: {error}): "
+            f"the model's chat template cannot be rendered ({type(error).__name__}: {said}): "
             "--raw sends your text without it"
         ) from error
 

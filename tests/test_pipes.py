@@ -155,6 +155,11 @@ def test_show_prompt_shows_text_and_ids_on_stderr(llamacli: Run) -> None:
         (["-q", "-v", "hi"], "contradict"),
         (["--require-gpu", "--gpu-layers", "0", "hi"], "contradict"),
         (["-s", "@/no/such/file", "hi"], "/no/such/file: No such file"),
+        (["-s", "@", "hi"], "names no file"),
+        (["-s", "@~no-such-user/x", "hi"], "no such user"),
+        (["-s", "@/dev/zero", "hi"], "longer than 1024 KiB"),
+        (["-s", "@" + "x" * 5000, "hi"], "File name too long"),
+        (["--top-k", "9" * 400, "hi"], "--top-k must be between 0 and 2147483647"),
         (["--no-such-option", "hi"], "No such option"),
         (["two", "prompts"], "unexpected extra argument"),
         (["Use {stdin}"], "nothing came on standard input"),
@@ -208,6 +213,16 @@ def test_a_model_file_that_may_not_be_read_is_exit_code_five(llamacli: Run, tmp_
     path.chmod(0)
     done = llamacli("-m", str(path), "hi")
     assert done.returncode == 5 and "Permission denied" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [("x" * 5000 + ".gguf", "File name too long"), ("~no-such-user/x.gguf", "no such user"), (".", "is a directory")],
+)
+def test_a_path_that_leads_nowhere_is_exit_code_five(reference: str, said: str, llamacli: Run) -> None:
+    done = llamacli("-m", reference, "hi")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert said in one_line(done.stderr)
 
 
 def test_a_published_name_says_how_to_get_it_and_a_misspelt_one_what_was_meant(llamacli: Run) -> None:
@@ -329,6 +344,14 @@ def test_help_into_a_closed_pipe_is_silent_too(environment: dict[str, str]) -> N
 @pytest.mark.parametrize("options", ["", "--json", "--no-stream"])
 def test_a_full_disk_is_exit_code_six(options: str, environment: dict[str, str]) -> None:
     done = shell(f"llamacli {options} -n 3 hi </dev/null >/dev/full", environment)
+    assert done.returncode == 6
+    assert "No space left" in one_line(done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["--help", "--version", "config", "tokenize hi", "doctor --json"])
+def test_a_full_disk_is_said_by_every_command(command: str, environment: dict[str, str]) -> None:
+    done = shell(f"llamacli {command} </dev/null >/dev/full", environment)
     assert done.returncode == 6
     assert "No space left" in one_line(done.stderr)
 

@@ -155,6 +155,11 @@ def test_special_tokens_in_a_text_are_not_special_in_a_template_either(vocabular
         ("{{ messages[7].content.strip() }}", ModelError, "UndefinedError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", ModelError, "SecurityError"),
         ("{{ 1 // 0 }}", ModelError, "ZeroDivisionError"),
+        ("{{ 'x' * 10 ** 18 }}", ModelError, "MemoryError"),
+        ("{{ namespace(1) }}", ModelError, "TypeError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ModelError, "RecursionError"),
+        ("{{ raise_exception('two\\nlines') }}", UsageError, "two lines"),
+        ("{{ raise_exception(7) }}", UsageError, "7"),
     ],
 )
 def test_a_template_that_fails_says_so_in_one_line(

@@ -16,7 +16,7 @@ import typer
 
 from llamacli import __version__
 from llamacli.config import Resolved, directories, resolve
-from llamacli.errors import LlamacliError
+from llamacli.errors import LlamacliError, ResourceError, UsageError
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
 RESERVED = ("chat", "serve", "pull", "list", "show", "rm", "verify", "batch", "embed", "keys", "usage", "tune", "bench")
@@ -57,11 +57,22 @@ def door(started: float) -> None:
         code = error.exit_code
     except typer.Abort:
         code = 130
-    except Exception:
-        import traceback
-
-        traceback.print_exc()
+    except Exception as error:
+        code = _unexpected(error)
     leave(code)
+
+
+def _unexpected(error: Exception) -> int:
+    """Say what went wrong outside the errors we know: a disk that is full, or else a bug. Returns the exit code."""
+    from llamacli.commands import terminal
+
+    if isinstance(error, OSError) and error.errno in terminal.DISK_FULL:
+        terminal.print_line(f"standard output cannot be written: {error.strerror}", sys.stderr)
+        return ResourceError.exit_code
+    import traceback
+
+    traceback.print_exception(error)
+    return 1
 
 
 def leave(code: int) -> None:
@@ -94,9 +105,7 @@ def _complete_as_run(environ: MutableMapping[str, str]) -> None:
                 environ["COMP_CWORD"] = str(int(environ["COMP_CWORD"]) + 1)
 
 
-def _reserved(name: str) -> LlamacliError:
-    from llamacli.errors import UsageError
-
+def _reserved(name: str) -> UsageError:
     return UsageError(f"{name} is not in version {__version__}; to prompt with the word, say: llamacli -- {name}")
 
 
@@ -123,7 +132,9 @@ def callback(
 def _model_names(incomplete: str) -> list[str]:
     from llamacli.models import store
 
-    found = (file.name for file in store.on_this_machine(directories(os.environ).models))
+    found: set[str] = set()
+    with suppress(OSError):  # a directory that may not be read has no names to offer
+        found = {file.name for file in store.on_this_machine(directories(os.environ).models)}
     return sorted(name for name in {*found, *store.PUBLISHED} if name.startswith(incomplete))
 
 

@@ -27,6 +27,7 @@ from llamacli.models import store
 from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, with_document
 
 EXIT_CUT = 3
+MAX_SYSTEM = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,12 +174,21 @@ def _system(value: str | None) -> str | None:
     """The system prompt itself, read from a file if it was given as @FILE."""
     if not value or not value.startswith("@"):
         return value or None
+    if value == "@":
+        raise UsageError("the system prompt @ names no file: say @FILE")
     try:
-        return Path(value[1:]).expanduser().read_text("utf-8-sig").strip()
+        with Path(value[1:]).expanduser().open("rb") as file:
+            raw = file.read(MAX_SYSTEM + 1)
     except OSError as error:
-        raise UsageError(f"the system prompt cannot be read from {value[1:]}: {error.strerror}") from None
+        raise UsageError(f"the system prompt cannot be read from {value[1:200]}: {error.strerror}") from None
+    except RuntimeError:
+        raise UsageError(f"the system prompt cannot be read from {value[1:200]}: there is no such user") from None
+    if len(raw) > MAX_SYSTEM:
+        raise UsageError(f"the system prompt in {value[1:200]} is longer than {MAX_SYSTEM >> 10} KiB")
+    try:
+        return raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise UsageError(f"the system prompt in {value[1:]} is not UTF-8 text") from None
+        raise UsageError(f"the system prompt in {value[1:200]} is not UTF-8 text") from None
 
 
 def _sampling(settings: Settings, options: RunOptions) -> SamplingParams:
@@ -229,6 +239,9 @@ def _answer(job: _Job, progress: _Run) -> int:
     options, notices = job.options, job.notices
     streams = options.stream and not options.as_json
     answer = Answer()
+    # Until here Ctrl-C has ended the process at once (see __main__.py); from here on there is something to keep.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for item in job.results():
             progress.note(item)

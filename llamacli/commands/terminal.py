@@ -16,6 +16,7 @@ from llamacli.errors import InputTooLong, ResourceError, UsageError
 
 STDIN, STDOUT = 0, 1
 MAX_INPUT = 16 << 20  # bytes; `yes | llamacli` must come to an end
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 3.0  # seconds before a silent stdin is mentioned
 
 # C0 but tab and newline, DEL, C1, and the bidirectional controls that make text read as what it is not.
@@ -74,7 +75,7 @@ def write_all(descriptor: int, data: bytes) -> None:
         except BrokenPipeError:
             die_of(signal.SIGPIPE)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in DISK_FULL:
                 raise ResourceError(
                     f"the answer cannot be written: {error.strerror}; make room and ask again"
                 ) from None

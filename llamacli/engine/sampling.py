@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 MAX_GRAMMARS = 64  # kept compiled
 TOP_K_BOUND = 1000  # candidates when top_k is off but top_p sorts them
 _NEVER = float("-inf")
+COLDEST = 1e-6  # a lower temperature is greedy all the same, and its quotients leave the range of float32
+LEAST_PENALTY = 1e-6  # likewise
+
+# llama.cpp's parser calls itself for every bracket and unrolls repetitions: beyond these it dies of it.
+MAX_GRAMMAR_BYTES = 1 << 18
+MAX_GRAMMAR_DEPTH = 500
+MAX_REPETITIONS = 2000
 
 
 def draw_seed() -> int:
@@ -96,8 +104,7 @@ class Grammars:
         self._compiled.clear()
 
     def _compile(self, text: str) -> Any:
-        if "\0" in text:
-            raise UsageError("the grammar holds a NUL character")
+        check_grammar(text)
         grammar = bindings().c.llama_sampler_init_grammar(self._vocabulary, text.encode("utf-8", "replace"), b"root")
         if not grammar:
             raise UsageError("the grammar is no valid GBNF, or recurses to the left; its root rule must be called root")
@@ -136,6 +143,35 @@ class _Candidates:
         return legal
 
 
+# Literals, character classes and comments, in which brackets mean nothing; brackets; repetitions.
+_GRAMMAR_PARTS = re.compile(
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|(?P<bracket>[()])|\{\s*(?P<low>\d*)\s*,?\s*(?P<high>\d*)\s*\}'
+)
+
+
+def check_grammar(text: str) -> None:
+    """Refuse what makes llama.cpp's grammar parser crash or fill the memory. Raises UsageError."""
+    if "\0" in text:
+        raise UsageError("the grammar holds a NUL character")
+    if len(text.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+        raise UsageError(f"the grammar is longer than {MAX_GRAMMAR_BYTES >> 10} KiB")
+    depth = 0
+    for part in _GRAMMAR_PARTS.finditer(text):
+        if part["bracket"]:
+            depth += 1 if part["bracket"] == "(" else -1
+            if depth > MAX_GRAMMAR_DEPTH:
+                raise UsageError(f"the grammar nests more than {MAX_GRAMMAR_DEPTH} brackets")
+        elif part["low"] or part["high"]:
+            _check_repetition(part[0], part["low"], part["high"])
+
+
+def _check_repetition(written: str, low: str, high: str) -> None:
+    if any(len(n) > 9 or int(n or 0) > MAX_REPETITIONS for n in (low, high)):
+        raise UsageError(f"the grammar repeats more than {MAX_REPETITIONS} times: {written[:40]}")
+    if low and high and int(low) > int(high):
+        raise UsageError(f"the grammar repeats at least {low} and at most {high} times")
+
+
 def _has_penalties(params: SamplingParams) -> bool:
     neutral = params.repeat_penalty == 1 and params.frequency_penalty == 0 and params.presence_penalty == 0
     return params.penalty_last_n > 0 and not neutral
@@ -143,7 +179,7 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 def _is_greedy(params: SamplingParams) -> bool:
     """Whether nothing but the model's own logits decides. (A bias is looked for apart.)"""
-    return params.temperature == 0 and params.grammar is None and not _has_penalties(params)
+    return params.temperature < COLDEST and params.grammar is None and not _has_penalties(params)
 
 
 def _build_chain(vocabulary: Vocabulary, params: SamplingParams) -> Any:
@@ -157,7 +193,7 @@ def _build_chain(vocabulary: Vocabulary, params: SamplingParams) -> Any:
         penalties = c.llama_sampler_init_penalties(
             vocabulary.n_tokens,
             params.penalty_last_n,
-            params.repeat_penalty,
+            max(params.repeat_penalty, LEAST_PENALTY),
             params.frequency_penalty,
             params.presence_penalty,
         )
@@ -170,7 +206,7 @@ def _build_chain(vocabulary: Vocabulary, params: SamplingParams) -> Any:
 def _selectors(params: SamplingParams) -> list[Any]:
     """What narrows the candidates down, and the draw at the end. Neutral samplers are left out: each costs time."""
     c = bindings().c
-    if params.temperature <= 0:
+    if params.temperature < COLDEST:
         return [c.llama_sampler_init_greedy()]
     selectors = []
     sorts = params.top_p < 1

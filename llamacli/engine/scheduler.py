@@ -29,6 +29,7 @@ class Scheduler:
         self._step_seconds = step_seconds
         self._prefill_rate = 0.0  # tokens/s, exponential average; 0 until measured
         self._chunk_cap = n_batch  # halved while llama.cpp says the cache is full
+        self._is_short = False  # llama.cpp holds less than the ledger believes: let nobody in until somebody leaves
         self._leaders: dict[int, tuple[Sequence, int]] = {}  # sequence id → who computes its prefix, how far
 
     def add(self, sequence: Sequence) -> None:
@@ -40,6 +41,7 @@ class Scheduler:
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return
+        self._is_short = False
         self.running.remove(sequence)
         if keep:
             self.kv.keep(sequence.slot, sequence.tokens[: sequence.n_computed])
@@ -84,6 +86,7 @@ class Scheduler:
         if longest > 1:
             self._chunk_cap = longest // 2
             return True
+        self._is_short = True
         return self._preempt()
 
     def _decode_rows(self) -> list[Chunk] | None:
@@ -135,7 +138,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         held: list[Sequence] = []
-        while self.waiting and self.kv.can_lend:
+        while self.waiting and self.kv.can_lend and not (self._is_short and self.running):
             sequence = self.waiting.popleft()
             if self._is_led(sequence):
                 held.append(sequence)

@@ -5,7 +5,6 @@ Knows nothing of llama.cpp.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -93,8 +92,8 @@ class SamplingParams:
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{name} must be between {low:g} and {high:g}, not {value:g}")
+    if not low <= value <= high:  # nor is NaN
+        raise UsageError(f"{name} must be between {low:g} and {high:g}, not {str(value)[:40]}")
 
 
 class Alternative(NamedTuple):

@@ -28,6 +28,7 @@ PUBLISHED = {
     "codellama-34b-instruct": ("TheBloke/CodeLlama-34B-Instruct-GGUF", "codellama-34b-instruct.Q.gguf"),
 }
 DEFAULT_QUANTIZATION = "Q4_K_M"
+_QUANTIZATION = re.compile(r"[\w.-]+")
 _HUB = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@[\w.-]+)?(:[\w.-]+|/[\w./-]+\.gguf)?")
 
 
@@ -49,11 +50,11 @@ def find(reference: str, directory: Path) -> ModelFile:
     if reference == TINY:
         return ModelFile(TINY, bundled(), TINY_SHA256)
     name, _, quantization = reference.partition(":")
-    if name.lower() in PUBLISHED:
+    if name.lower() in PUBLISHED and (not quantization or _QUANTIZATION.fullmatch(quantization)):
         return _published(name.lower(), quantization.upper() or DEFAULT_QUANTIZATION, directory)
     path = _expanded(reference)
     looks_like_hub = _HUB.fullmatch(reference) and not reference.startswith(".")
-    if path.exists() or (reference.endswith(".gguf") and reference.count("/") != 2):
+    if _is_there(path) or (reference.endswith(".gguf") and reference.count("/") != 2):
         return ModelFile(reference, path)
     if looks_like_hub:
         raise ModelError(
@@ -70,6 +71,16 @@ def _expanded(reference: str) -> Path:
         return Path(reference).expanduser()
     except RuntimeError:
         raise ModelError(f"{reference}: there is no such user, so no such model file") from None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ModelError(f"{str(path)[:200]} cannot be read: {error.strerror}") from None
+    return True
 
 
 def on_this_machine(directory: Path) -> list[ModelFile]:
@@ -128,7 +139,7 @@ def _published(name: str, quantization: str, directory: Path) -> ModelFile:
     repo_id, pattern = PUBLISHED[name]
     filename = pattern.replace("Q.gguf", f"{quantization}.gguf")
     path = directory / filename
-    if path.exists():
+    if _is_there(path):
         return ModelFile(name, path)
     raise ModelError(
         f"{name} is not on this machine, and this version does not download: fetch {filename} from {repo_id} "

@@ -10,7 +10,7 @@ from scripted import EOS, ScriptedModel, count_up
 
 from llamacli.engine.engine import Engine
 from llamacli.engine.model import KvFull
-from llamacli.engine.sequence import Delta, FinishReason, SamplingParams, Sequence
+from llamacli.engine.sequence import Chunk, Delta, FinishReason, SamplingParams, Sequence
 from llamacli.errors import InputTooLong, UsageError
 
 TEN = SamplingParams(max_tokens=10)
@@ -255,10 +255,37 @@ def test_llama_cpp_finding_no_cells_shrinks_the_work_and_fails_nobody() -> None:
     engine.step()
     engine.step()
     assert max(n for _, _, n in model.batches[-1]) <= 16, "then prompt chunks are halved"
-    model.faults += [KvFull() for _ in range(12)]
+    while second.slot is not None:
+        model.faults.append(KvFull())
+        engine.step()
+    assert first.slot is not None, "then the youngest is sent back"
+    engine.step()
+    assert second.slot is None, "and is not let in again while llama.cpp holds less than the ledger believes"
     deltas = drain(engine)
     assert tokens_of(deltas[first.id]) == alone(list(range(3, 43)), 10)
     assert tokens_of(deltas[second.id]) == alone(list(range(103, 143)), 10)
+
+
+class ShortModel(ScriptedModel):
+    """Is full before its ledger is, as llama.cpp may be when its cells are in pieces."""
+
+    n_real = 100
+
+    def run(self, chunks: list[Chunk]) -> list[int]:
+        if self.n_used + sum(chunk.n for chunk in chunks) > self.n_real:
+            raise KvFull
+        return super().run(chunks)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_ledger_that_believes_too_much_stalls_nobody(n: int) -> None:
+    engine = Engine(ShortModel(n_cells=256, n_slots=4, n_batch=64))
+    for i in range(n):
+        engine.add([3 + i] * 20, SamplingParams(max_tokens=60))
+    finished: dict[int, FinishReason] = {}
+    for _ in range(1000):
+        finished |= {delta.sequence_id: delta.finish_reason for delta in engine.step() if delta.finish_reason}
+    assert finished == dict.fromkeys(range(n), FinishReason.LENGTH)
 
 
 def test_an_aborted_step_leaves_the_engine_able_to_go_on() -> None:

@@ -236,6 +236,38 @@ def test_a_broken_grammar_is_refused(grammar: str, make_model: MakeModel, prompt
     assert engine.is_idle
 
 
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        ("root ::= " + "(" * 501 + '"a"' + ")" * 501, "nests more than 500"),
+        ('root ::= "a"{3000}', "repeats more than 2000 times"),
+        ("root ::= [a-z]{2, 99999999999}", "repeats more than 2000 times"),
+        ('root ::= "a"{5,2}', "at least 5 and at most 2"),
+        ('root ::= "a\0"', "NUL"),
+        ("root ::= " + '"a" ' * 70_000, "longer than 256 KiB"),
+    ],
+)
+def test_a_grammar_that_would_kill_the_parser_is_refused(
+    grammar: str, said: str, make_model: MakeModel, prompt: array[int]
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        Engine(make_model(n_cells=256)).add(prompt, SamplingParams(grammar=grammar))
+
+
+def test_brackets_and_braces_in_a_grammar_s_literals_are_text(make_model: MakeModel, prompt: array[int]) -> None:
+    grammar = 'root ::= "' + "(" * 600 + '{9999}" [({9999}]* # ((({9999}'
+    Engine(make_model(n_cells=256)).add(prompt, SamplingParams(grammar=grammar))
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 5e-324])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float, make_model: MakeModel, prompt: array[int]) -> None:
+    greedy, cold = (
+        text_of(list(Engine(make_model(n_cells=256)).generate(prompt, SamplingParams(temperature=t, max_tokens=12))))
+        for t in (0, temperature)
+    )
+    assert cold == greedy
+
+
 def test_a_grown_context_continues_the_same_answer(make_model: MakeModel, builder: PromptBuilder) -> None:
     case = next(c for c in GOLDEN if not c.ended)
     prompt = builder.build(case.messages)
