@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from statistics import median
 from typing import TypeVar
 
@@ -23,13 +24,17 @@ T = TypeVar("T")
 
 
 def in_turn(sides: Mapping[str, Callable[[], T]], n_runs: int) -> dict[str, list[T]]:
-    """Measure every side once to warm it up, then `n_runs` times: A B C, A B C, ... Progress goes to stderr.
+    """Measure every side once to warm it up, then `n_runs` times: A B C, B C A, ... Progress goes to stderr.
 
-    What changes in a machine within minutes (other programs, heat) then changes for all sides.
+    What changes in a machine within minutes (other programs, heat) then changes for all sides. Each round has an
+    order of its own, the same in every run of a benchmark, so that nobody always follows the same neighbour.
     """
     found: dict[str, list[T]] = {name: [] for name in sides}
+    shuffle = Random(0).shuffle
     for i in range(n_runs + 1):
-        for name, measure in sides.items():
+        order = list(sides.items())
+        shuffle(order)
+        for name, measure in order:
             print(f"{f'run {i} of {n_runs}' if i else 'warming up'}: {name}", file=sys.stderr, flush=True)
             value = measure()
             if i:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,11 @@ def test_sides_are_measured_in_turn_after_a_warm_up_that_does_not_count() -> Non
         calls.append(name)
         return len(calls)
 
-    found = in_turn({"a": lambda: side("a"), "b": lambda: side("b")}, 2)
-    assert calls == ["a", "b"] * 3
-    assert found == {"a": [3, 5], "b": [4, 6]}
+    found = in_turn({name: partial(side, name) for name in "abc"}, 4)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert [sorted(each) for each in rounds] == [["a", "b", "c"]] * 5
+    assert len({tuple(each) for each in rounds}) > 1, "nobody always follows the same neighbour"
+    assert sorted(i for each in found.values() for i in each) == list(range(4, 16))
 
 
 def test_a_row_quotes_medians_and_the_ratio_of_the_two() -> None:
