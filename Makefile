@@ -32,6 +32,8 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.startup --model "$$MODEL"
 	$(BIN)/python -m benchmarks.throughput --model "$$MODEL"
+	$(BIN)/python -m benchmarks.transfer
+	$(BIN)/python -m benchmarks.listing
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

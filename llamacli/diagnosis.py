@@ -27,8 +27,8 @@ from llamacli.engine.devices import Device, backends, build_features, gpu_device
 from llamacli.errors import EngineError, LlamacliError, ModelError, ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.machine import Gpu
-from llamacli.models import store
-from llamacli.models.store import ModelFile
+from llamacli.models import checksum, store
+from llamacli.models.store import ModelFile, Places
 
 # Llama 2 in Q4_K_M: bytes of the file, and of one token's keys and values in f16.
 PUBLISHED = {"7B": (4_080_000_000, 512 << 10), "13B": (7_870_000_000, 800 << 10), "70B": (41_400_000_000, 320 << 10)}
@@ -188,7 +188,7 @@ def examine(environ: Mapping[str, str], root: Path = machine.ROOT) -> Diagnosis:
         gpus=gpus,
         threads=read_threads(machine.usable_cores(root), configuration, environ),
         memory=room,
-        models=read_models(places.models, configuration, room, gpus),
+        models=read_models(Places(places.models, store.hub_cache(environ)), configuration, room, gpus),
         disk=read_disk(places.data),
     )
 
@@ -311,17 +311,18 @@ def read_memory(memory: machine.Memory, gpus: Gpus) -> Memory:
     return Memory(memory.total, memory.available, memory.cgroup_limit, memory.usable, fits)
 
 
-def read_models(directory: Path, configuration: Configuration, room: Memory, gpus: Gpus) -> Models:
+def read_models(places: Places, configuration: Configuration, room: Memory, gpus: Gpus) -> Models:
+    directory = places.models
     default: ModelFile | None = None
     default_problem = directory_problem = None
     try:
-        default = store.find(configuration.model, directory)
+        default = store.find(configuration.model, places)
     except ModelError as error:
         default_problem = error
     except OSError as error:
         default_problem = ModelError(f"{configuration.model} cannot be looked for: {error.strerror}")
     try:
-        files = store.on_this_machine(directory)
+        files = store.on_this_machine(places)
     except OSError as error:
         files, directory_problem = [], f"{directory} cannot be read: {error.strerror}"
     if default and default.path not in [file.path for file in files]:
@@ -347,8 +348,9 @@ def read_file(file: ModelFile, usable: int, gpus: Gpus, *, is_default: bool = Fa
             quantization=header.quantization,
             context_length=header.context_length,
         )
-        store.verify(file)
-        model = replace(model, is_verified=file.sha256 is not None)
+        if file.is_bundled:  # the others take seconds: llamacli verify
+            checksum.check(file, None)
+            model = replace(model, is_verified=True)
         return replace(model, context_that_fits=_context_that_fits(header, usable, gpus.free))
     except ResourceError as error:
         return replace(model, context_that_fits=0, problem=error)

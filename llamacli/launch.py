@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamacli import machine
@@ -17,7 +16,9 @@ from llamacli.engine.bindings import VERSION
 from llamacli.errors import ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.machine import Gpu
-from llamacli.models import store
+from llamacli.models import checksum
+from llamacli.models.notes import Notes
+from llamacli.models.store import ModelFile
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
@@ -49,21 +50,24 @@ class Choice:
 class Launch:
     """A model on its way to an engine. Built by `prepare`, loaded by `load`, started by `start`."""
 
-    file: store.ModelFile
+    file: ModelFile
     header: Header
     settings: Settings
     n_limit: int
+    notes: Notes | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
     weights: LlamaWeights | None = None
 
 
-def prepare(settings: Settings, models: Path, notice: Notice) -> Launch:
-    """Find the model file and read its header. Nothing native is loaded. Raises ModelError."""
-    file = store.find(settings.model, models)
+def prepare(settings: Settings, file: ModelFile, notice: Notice, notes: Notes | None = None) -> Launch:
+    """Read the model's header. Nothing native is loaded. Raises ModelError.
+
+    notes   what is known of the file, its checksum above all; without them it is computed anew
+    """
     header = read_model(file.path)
-    return Launch(file, header, settings, _limit(header, settings, notice))
+    return Launch(file, header, settings, _limit(header, settings, notice), notes)
 
 
 def load(launch: Launch, notice: Notice) -> LlamaWeights:
@@ -75,7 +79,7 @@ def load(launch: Launch, notice: Notice) -> LlamaWeights:
     from llamacli.engine.devices import gpu_devices
     from llamacli.engine.llama import LlamaWeights, LoadOptions
 
-    store.verify(launch.file)
+    checksum.check(launch.file, launch.notes)
     layers = place(launch, gpu_devices(), machine.gpus(), notice)
     launch.max_cells = _max_cells(launch, layers)
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.

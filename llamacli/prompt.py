@@ -21,6 +21,12 @@ from llamacli.gguf import Header
 INVISIBLE = "\u200b"  # zero-width space: breaks a tag and leaves the text readable
 _LLAMA2_TAG = re.compile(r"\[/?INST\]|<</?SYS>>|</?s>")
 _LLAMA2_VOCABULARY = range(32_000, 32_017)  # Llama 2, and Code Llama with its infill tokens
+# FastChat's conversation template vicuna_v1.1, which LLaVA 1.5 was trained with.
+_VICUNA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions."
+)
+_VICUNA_TAG = re.compile(r"USER:|ASSISTANT:|</?s>")
 _GAP = "\n[...]\n"
 LONGEST_PIECE = 256  # characters that one token stands for at most, in any vocabulary: Llama 2's longest has 16
 
@@ -34,6 +40,7 @@ class Format(StrEnum):
     """How a model wants to be spoken to."""
 
     LLAMA2 = "llama-2"
+    VICUNA = "vicuna"  # LLaVA 1.5 is built on it
     TEMPLATE = "template"  # the file's own, in Jinja
     COMPLETION = "completion"  # a base model: it continues a text
     RAW = "raw"  # as the user wrote it
@@ -62,8 +69,10 @@ class Prompt:
     trim: bool = False
 
 
-def format_of(header: Header) -> Format:
+def format_of(header: Header, known: str | None = None) -> Format:
     """Which format a model file wants, by its chat template, or by its names where it has none.
+
+    known   what the catalogue says of a model without a template
 
     Many Llama 2 files have no template (they are older than the key); llama.cpp then falls back to ChatML,
     which Llama 2 has never seen.
@@ -76,8 +85,12 @@ def format_of(header: Header) -> Format:
     )
     if template:
         return Format.LLAMA2 if speaks_llama2 else Format.TEMPLATE
+    if known in (Format.VICUNA, Format.COMPLETION) or (known == Format.LLAMA2 and speaks_llama2):
+        return Format(known)
     finetune = header.metadata.get("general.finetune", "")
     names = f"{header.name or ''} {finetune} {header.path.name}"
+    if re.search("vicuna|llava", names, re.IGNORECASE):
+        return Format.VICUNA
     is_chat = re.search("chat|instruct", names, re.IGNORECASE)
     return Format.LLAMA2 if speaks_llama2 and is_chat else Format.COMPLETION
 
@@ -85,10 +98,10 @@ def format_of(header: Header) -> Format:
 class PromptBuilder:
     """Builds the prompts of one model."""
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, *, raw: bool = False) -> None:
+    def __init__(self, header: Header, tokenizer: Tokenizer, *, raw: bool = False, known: str | None = None) -> None:
         self._header = header
         self.tokenizer = tokenizer
-        self.format = Format.RAW if raw else format_of(header)
+        self.format = Format.RAW if raw else format_of(header, known)
 
     def build(self, messages: Sequence[Message]) -> Prompt:
         """Token ids of a conversation that ends with a user's message.
@@ -100,6 +113,8 @@ class PromptBuilder:
             raise UsageError("the prompt is empty")
         if self.format is Format.LLAMA2:
             return Prompt(llama2_tokens(messages, self.tokenizer), self.format, trim=True)
+        if self.format is Format.VICUNA:
+            return Prompt(vicuna_tokens(messages, self.tokenizer), self.format, trim=True)
         if self.format is Format.TEMPLATE:
             return Prompt(self._rendered(messages), self.format, trim=True)
         return Prompt(self._completed(messages), self.format)
@@ -158,6 +173,25 @@ def llama2_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> array[in
             turn = tokenizer.tokenize(text)
         tokens.append(tokenizer.bos)
         tokens.extend(turn)
+    return tokens
+
+
+def vicuna_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> array[int]:
+    """Vicuna 1.1: a system prompt, then `USER: user ASSISTANT: answer</s>` for every turn, the last one open."""
+    system = _VICUNA_SYSTEM
+    if messages[0].role == "system":
+        system, messages = neutralised(messages[0].content, _VICUNA_TAG), messages[1:]
+    tokens = array("i", [tokenizer.bos])
+    text = f"{system} "
+    for message in messages:
+        content = neutralised(message.content, _VICUNA_TAG).strip()
+        if message.role == "user":
+            text += f"USER: {content} ASSISTANT:"
+        else:
+            tokens.extend(tokenizer.tokenize(f"{text} {content}"))
+            tokens.append(tokenizer.eos)
+            text = ""
+    tokens.extend(tokenizer.tokenize(text))
     return tokens
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback_hub import LoopbackHub
 
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
 from llamacli.gguf import read_header
@@ -81,7 +82,18 @@ def make_model(weights: LlamaWeights) -> Iterator[MakeModel]:
 def environment(tmp_path: Path) -> dict[str, str]:
     """An environment in which nothing of this machine's own llamacli shows."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
+    ours = {name: value for name, value in ours.items() if not name.startswith("HF_")}
+    ours |= {"HF_HOME": str(tmp_path / "huggingface"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     return ours | {"LLAMACLI_HOME": str(tmp_path / "home"), "LLAMACLI_MODEL": "tiny", "LLAMACLI_THREADS": "1"}
+
+
+@pytest.fixture
+def hub(environment: dict[str, str]) -> Iterator[LoopbackHub]:
+    """A hub on this machine, to which the program's environment points."""
+    running = LoopbackHub()
+    environment["HF_ENDPOINT"] = running.url
+    yield running
+    running.stop()
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ from llamacli.gguf import read_header
 ROOT = Path(__file__).parents[1]
 
 
-def printed_rows(benchmark: str) -> list[list[str]]:
+def printed_rows(benchmark: str, *options: str) -> list[list[str]]:
     """The cells below the table's head, from a real run of the program on the tiny model."""
     environment = {name: value for name, value in os.environ.items() if name != "LLAMA_CPP_BIN"}
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--model", "tiny", "--runs", "1"]
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *(options or ("--model", "tiny")), "--runs", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
@@ -137,3 +137,15 @@ def test_the_throughput_benchmark_prints_every_row() -> None:
     ]
     assert all(row[1] for row in rows)
     assert [row[5] != "" for row in rows] == [True, False, True, False, True, True]
+
+
+def test_the_transfer_is_measured_with_its_memory() -> None:
+    rows = printed_rows("transfer", "--megabytes", "2")
+    assert [row[2:] for row in rows][1] == ["", "", "< 100 MB", rows[1][5]]
+    assert rows[0][0] == "1 GB over loopback, against hf_hub_download" and rows[0][3].endswith("x")
+
+
+@pytest.mark.slow
+def test_the_list_and_the_second_pull_are_measured() -> None:
+    rows = printed_rows("listing", "--runs", "1")
+    assert [row[0] for row in rows][:2] == ["llamacli list of 52 models", "llamacli pull of a model that is here"]

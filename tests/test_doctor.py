@@ -19,7 +19,6 @@ from llamacli.diagnosis import Bindings, Disk, Gpus, Memory, Processor, Threads
 from llamacli.engine.devices import Device
 from llamacli.machine import Cores, Gpu
 from llamacli.models import store
-from llamacli.models.store import ModelFile
 from llamacli.problems import Problem
 
 DOCTOR = [sys.executable, "-m", "llamacli", "doctor"]
@@ -168,7 +167,7 @@ def test_a_default_model_that_is_not_there_is_an_error_only_when_somebody_chose_
     fresh = llamacli("doctor", "--json", env=environment | {"LLAMACLI_MODEL": ""})
     assert fresh.returncode == 0
     problem = about(told(fresh), "7b-chat")
-    assert problem["severity"] == "warning" and "TheBloke/Llama-2-7B-Chat-GGUF" in problem["what"]
+    assert problem["severity"] == "warning" and "llamacli pull 7b-chat" in problem["what"]
 
 
 def test_a_broken_model_is_an_error_only_when_it_is_the_default(llamacli: Run, environment: dict[str, str]) -> None:
@@ -307,7 +306,7 @@ def test_memory_that_cannot_be_read_is_said_to_be_so(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_memory_is_told_with_its_numbers(tmp_path: Path) -> None:
-    model = diagnosis.read_file(ModelFile("tiny", store.bundled(), store.TINY_SHA256), 1 << 20, Gpus(()))
+    model = diagnosis.read_file(store.tiny(), 1 << 20, Gpus(()))
     assert (model.quantization, model.is_verified, model.context_that_fits) == ("Q8_0", True, 0)
     models = diagnosis.Models(tmp_path, (replace(model, is_default=True),))
     (problem,) = problems.of_models(models, configured(tmp_path))
@@ -318,7 +317,7 @@ def test_a_bundled_model_that_is_damaged_fails_its_checksum(tmp_path: Path) -> N
     damaged = bytearray(store.bundled().read_bytes())
     damaged[-1] ^= 1
     (tmp_path / "tiny.gguf").write_bytes(damaged)
-    file = ModelFile("tiny", tmp_path / "tiny.gguf", store.TINY_SHA256)
+    file = replace(store.tiny(), path=tmp_path / "tiny.gguf")
     model = diagnosis.read_file(file, 1 << 40, Gpus(()))
     assert model.is_header_whole and not model.is_verified
     (problem,) = problems.of_models(diagnosis.Models(tmp_path, (model,)), configured(tmp_path))
@@ -329,8 +328,8 @@ def test_a_split_model_is_one_model(tmp_path: Path) -> None:
     for name in ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf"):
         (tmp_path / name).touch()
     room = Memory(total=1 << 40, available=1 << 40, cgroup_limit=None, usable=1 << 40, fits=())
-    models = diagnosis.read_models(tmp_path, configured(tmp_path / "home"), room, Gpus(()))
-    assert [model.name for model in models.files] == ["tiny", "big-00001-of-00002"]
+    models = diagnosis.read_models(store.Places(tmp_path), configured(tmp_path / "home"), room, Gpus(()))
+    assert [model.name for model in models.files] == ["tiny", str(tmp_path / "big-00001-of-00002.gguf")]
 
 
 def test_a_data_directory_that_is_not_made_yet_has_the_room_of_its_disk(tmp_path: Path) -> None:

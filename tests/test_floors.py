@@ -18,11 +18,22 @@ FLOORS = [
     ["errors", "__init__"],
     ["config", "machine", "gguf_header", "gguf"],
     ["prompt", "engine.sequence", "engine.detokenizer"],
-    ["models.store", "engine.kv", "engine.model", "engine.memory", "engine.bindings"],
+    ["models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"],
+    [
+        "models.hub",
+        "models.resolve",
+        "models.partial",
+        "models.lock",
+        "models.ranges",
+        "models.transfer",
+        "models.pull",
+    ],
+    ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.engine"],
     ["launch", "diagnosis", "problems"],
-    ["commands.terminal", "commands.config", "commands.tokenize", "commands.doctor", "commands.run"],
+    ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
+    ["commands.config", "commands.tokenize", "commands.doctor", "commands.run", "commands.models"],
     ["commands.app"],
     ["__main__"],
 ]
@@ -34,8 +45,10 @@ HOMES = {
     "jinja2": ["prompt"],
     "platformdirs": ["config"],
     "typer": ["commands.app"],
-    "rich": [],
-    "huggingface_hub": [],
+    "rich": ["commands.progress", "commands.table"],
+    "huggingface_hub": ["models.hub"],
+    "httpx2": ["models.hub"],
+    "truststore": ["models.ranges"],
 }
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 

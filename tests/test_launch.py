@@ -24,7 +24,7 @@ def prepared(tmp_path: Path, **settings: object) -> tuple[Launch, list[str]]:
     """A launch of the tiny model, and the list its notices go to."""
     notices: list[str] = []
     chosen = replace(Settings(model="tiny", threads=1), **settings)  # type: ignore[arg-type]
-    return prepare(chosen, tmp_path, notices.append), notices
+    return prepare(chosen, store.tiny(), notices.append), notices
 
 
 def device(free: int) -> Device:

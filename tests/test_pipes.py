@@ -226,8 +226,8 @@ def test_a_path_that_leads_nowhere_is_exit_code_five(reference: str, said: str, 
 
 
 def test_a_published_name_says_how_to_get_it_and_a_misspelt_one_what_was_meant(llamacli: Run) -> None:
-    missing = llamacli("-m", "7b-chat", "hi")
-    assert missing.returncode == 5 and "TheBloke/Llama-2-7B-Chat-GGUF" in one_line(missing.stderr)
+    missing = llamacli("--offline", "-m", "7b-chat", "hi")
+    assert missing.returncode == 5 and "llamacli pull 7b-chat" in one_line(missing.stderr)
     misspelt = llamacli("-m", "7b-caht", "hi")
     assert misspelt.returncode == 5 and "did you mean 7b-chat" in one_line(misspelt.stderr)
 

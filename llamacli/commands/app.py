@@ -19,9 +19,9 @@ from llamacli.config import Resolved, directories, resolve
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "serve", "pull", "list", "show", "rm", "verify", "batch", "embed", "keys", "usage", "tune", "bench")
+RESERVED = ("chat", "serve", "batch", "embed", "keys", "usage", "tune", "bench")
 
-COMMANDS = ("run", "config", "tokenize", "doctor")
+COMMANDS = ("run", "pull", "list", "show", "rm", "verify", "tokenize", "config", "doctor")
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 app = typer.Typer(
@@ -131,11 +131,13 @@ def callback(
 
 def _model_names(incomplete: str) -> list[str]:
     from llamacli.models import store
+    from llamacli.models.catalog import catalog
 
     found: set[str] = set()
     with suppress(OSError):  # a directory that may not be read has no names to offer
-        found = {file.name for file in store.on_this_machine(directories(os.environ).models)}
-    return sorted(name for name in {*found, *store.PUBLISHED} if name.startswith(incomplete))
+        places = store.Places(directories(os.environ).models, store.hub_cache(os.environ))
+        found = {file.name for file in store.on_this_machine(places)}
+    return sorted(name for name in {*found, *catalog().names} if name.startswith(incomplete))
 
 
 Model = Annotated[
@@ -230,8 +232,77 @@ def tokenize(
     from llamacli.commands import tokenize as command
 
     return command.run(
-        resolved({"model": model}).settings, text, directories(os.environ).models, count_only=count, as_json=as_json
+        resolved({"model": model}).settings, text, directories(os.environ), count_only=count, as_json=as_json
     )
+
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_model_names)]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
+
+
+@app.command(epilog="Example: llamacli pull tiny")
+def pull(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="7b-chat, 13b-chat:Q5_K_M, ORG/REPO:QUANT, ...", autocompletion=_model_names
+        ),
+    ],
+    quiet: Quiet = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More on stderr.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Only look whether it is here.")] = False,
+) -> int:
+    """Download a model, or go on with a download, and print the path of the file."""
+    from llamacli.commands import models as command
+
+    is_offline = bool(resolved({"offline": offline or None}).settings.offline)
+    return command.pull(model, directories(os.environ), quiet=quiet, verbose=verbose, offline=is_offline)
+
+
+@app.command("list", epilog="Example: llamacli list --catalog")
+def list_models(
+    catalog: Annotated[bool, typer.Option("--catalog", help="The models that can be pulled by name.")] = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """List the models on this machine, or those that can be pulled."""
+    from llamacli.commands import models as command
+
+    show = command.show_catalog if catalog else command.show_list
+    return show(directories(os.environ), as_json=as_json)
+
+
+@app.command(epilog="Example: llamacli show 7b-chat")
+def show(model: ModelName, as_json: JsonFlag = False) -> int:
+    """Show what a model is: size, context, prompt format, licence, memory by context size."""
+    from llamacli.commands import models as command
+
+    return command.show(model, directories(os.environ), as_json=as_json)
+
+
+@app.command(epilog="Example: llamacli rm -y 7b-chat || echo nothing to remove")
+def rm(
+    model: ModelName,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    quiet: Quiet = False,
+) -> int:
+    """Remove a model from this machine."""
+    from llamacli.commands import models as command
+
+    return command.remove(model, directories(os.environ), yes=yes, quiet=quiet)
+
+
+@app.command(epilog="Example: llamacli verify tiny")
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="All of them without.", autocompletion=_model_names)
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: Quiet = False,
+) -> int:
+    """Read models again and compare their checksums; exit code 5 when one is damaged."""
+    from llamacli.commands import models as command
+
+    return command.verify(model, directories(os.environ), as_json=as_json, quiet=quiet)
 
 
 @app.command(epilog="Example: llamacli doctor")

@@ -17,13 +17,15 @@ from time import perf_counter
 
 from llamacli import launch as launching
 from llamacli.commands import terminal
+from llamacli.commands.obtain import models_in, obtain
 from llamacli.commands.terminal import Answer, Notices
 from llamacli.config import Directories, Settings
 from llamacli.engine.sampling import draw_seed
 from llamacli.engine.sequence import Delta, FinishReason, SamplingParams
 from llamacli.errors import EngineError, UsageError
 from llamacli.launch import Launch
-from llamacli.models import store
+from llamacli.models import checksum
+from llamacli.models.notes import Notes
 from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, with_document
 
 EXIT_CUT = 3
@@ -70,7 +72,7 @@ class _Job:
     params: SamplingParams
     options: RunOptions
     notices: Notices
-    cache: Path
+    notes: Notes
     texts: SimpleQueue[_Texts] = field(default_factory=SimpleQueue)
     out: SimpleQueue[_Started | Delta | BaseException] = field(default_factory=SimpleQueue)
 
@@ -85,7 +87,9 @@ class _Job:
         began = perf_counter()
         weights = launching.load(self.launch, self.notices.say)
         load_seconds = perf_counter() - began
-        builder = PromptBuilder(self.launch.header, weights.vocabulary, raw=self.options.raw)
+        builder = PromptBuilder(
+            self.launch.header, weights.vocabulary, raw=self.options.raw, known=self.launch.file.format
+        )
         fitted = _fitted(self.texts.get(), builder, self.launch)
         prompt = fitted.prompt
         began = perf_counter()
@@ -145,8 +149,10 @@ def run(settings: Settings, options: RunOptions, places: Directories, *, started
     reads_stdin = terminal.stdin_has_text(asked_for=options.prompt == "-")
     _check(settings, options, reads_stdin)
     settings = replace(settings, system=_system(settings.system))
-    launch = launching.prepare(settings, places.models, notices.say)
-    job = _Job(launch, _sampling(settings, options), options, notices, places.cache)
+    notes = Notes(places.cache)
+    file = obtain(settings, models_in(places), notes, notices)
+    launch = launching.prepare(settings, file, notices.say, notes)
+    job = _Job(launch, _sampling(settings, options), options, notices, notes)
     threading.Thread(target=job.work, name="engine", daemon=True).start()
     job.texts.put(_read_texts(options.prompt, reads_stdin, notices))
     return _answer(job, _Run(started))
@@ -317,8 +323,8 @@ def _record(job: _Job, progress: _Run) -> dict[str, object]:
         "model": {
             "name": launch.file.name,
             "path": str(launch.file.path.resolve()),
-            "sha256": store.sha256(launch.file, job.cache),
-            "revision": None,
+            "sha256": launch.file.sha256 or checksum.sha256(launch.file.path, job.notes),
+            "revision": launch.file.revision,
             "template": str(fitted.prompt.format),
         },
         "context_size": min(launch.n_limit, launch.max_cells),

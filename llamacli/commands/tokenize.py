@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from array import array
-from pathlib import Path
 
 from llamacli.commands import terminal
+from llamacli.commands.obtain import models_in, obtain
 from llamacli.commands.terminal import Notices, harmless
-from llamacli.config import Settings
+from llamacli.config import Directories, Settings
 from llamacli.engine.llama import Vocabulary, open_vocabulary
 from llamacli.errors import UsageError
 from llamacli.gguf import read_model
-from llamacli.models import store
+from llamacli.models.notes import Notes
 
 
-def run(settings: Settings, text: str | None, models: Path, *, count_only: bool, as_json: bool) -> int:
+def run(settings: Settings, text: str | None, places: Directories, *, count_only: bool, as_json: bool) -> int:
     """Print the tokens of a text. No BOS, no template: the text alone. Returns the exit code."""
     notices = Notices(quiet=settings.quiet)
     if text is None or text == "-":
@@ -24,7 +24,7 @@ def run(settings: Settings, text: str | None, models: Path, *, count_only: bool,
         text = terminal.read_stdin(notices)
     else:
         text = terminal.decoded(text.encode("utf-8", "surrogateescape"), "the text", notices)
-    path = store.find(settings.model, models).path
+    path = obtain(settings, models_in(places), Notes(places.cache), notices).path
     read_model(path)  # says better than llama.cpp what is wrong with a file
     vocabulary = open_vocabulary(path)
     tokens = vocabulary.tokenize(text)
