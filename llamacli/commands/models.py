@@ -127,7 +127,7 @@ def show_catalog(directories: Directories, *, as_json: bool) -> int:
                 size(default.about) if default.about else "?",
                 size(default.ram) if default.ram and entry.repo_id else "",
                 _best_that_fits(entry, usable),
-                entry.licence.name.removesuffix(" Agreement"),
+                entry.licence.name.partition(" License")[0],
             )
         )
     header = ("NAME", "PARAMETERS", "DEFAULT", "SIZE", "MEMORY", "LARGEST THAT FITS HERE", "LICENCE")
