@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from llamacli.prompt import Message, PromptBuilder
 
 TESTS = Path(__file__).parent
 PROGRAM = [sys.executable, "-m", "llamacli"]
+
+# Whoever runs the tests in the background ignores Ctrl-C for all that they start; some of them want to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., subprocess.CompletedProcess[Any]]
 
