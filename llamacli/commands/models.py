@@ -61,20 +61,9 @@ def pull(text: str, directories: Directories, *, quiet: bool, verbose: bool, off
             raise ModelError(f"{NotHere.of(reference)}, but --offline forbids it")
         file = found
     else:
-        _warn_of_memory(reference, room.notices)
         file = download(reference, room.places, room.notes, room.notices, quiet=quiet)
     table.write(str(file.path))
     return 0
-
-
-def _warn_of_memory(reference: Reference, notices: Notices) -> None:
-    known = reference.entry.quantizations.get(reference.quantization or "") if reference.entry else None
-    usable = machine.memory().usable
-    if known is not None and known.ram is not None and known.ram > usable:
-        notices.say(
-            f"warning: {reference.text} needs about {size(known.ram)} of memory, and {size(usable)} can be used here: "
-            "it may not run. llamacli list --catalog shows what fits"
-        )
 
 
 # -- list --------------------------------------------------------------------------------------------------------

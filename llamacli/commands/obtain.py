@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llamacli import machine
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Settings
 from llamacli.errors import ModelError
 from llamacli.models import store
+from llamacli.models.catalog import BESIDE_WEIGHTS
 from llamacli.models.notes import Notes
 from llamacli.models.reference import Reference
 from llamacli.models.store import ModelFile, NotHere, Places
@@ -44,6 +46,7 @@ def download(reference: Reference, places: Places, notes: Notes, notices: Notice
 
     def begin(name: str, total: int) -> Report:
         mention_licence(reference, places.models.parent, notices.say)
+        _warn_of_memory(name, total, notices)
         return bar.begin(name, total)
 
     with _interruptible():
@@ -53,6 +56,15 @@ def download(reference: Reference, places: Places, notes: Notes, notices: Notice
             bar.end()
             notices.say("interrupted; what has come is kept, and the same command goes on from there")
             raise
+
+
+def _warn_of_memory(name: str, total: int, notices: Notices) -> None:
+    needed, usable = total + BESIDE_WEIGHTS, machine.memory().usable
+    if needed > usable:
+        notices.say(
+            f"warning: {name} needs about {needed / 1e9:.1f} GB of memory, and {usable / 1e9:.1f} GB can be used here: "
+            "it may not run. llamacli list --catalog shows what fits"
+        )
 
 
 def mention_licence(reference: Reference, data: Path, notice: Callable[[str], None]) -> None:

@@ -158,7 +158,8 @@ def search(reference: Reference, places: Places) -> ModelFile | None:
         path = places.models / reference.filename
         if is_there(path):
             return ModelFile(reference.text, path, home="directory", filename=reference.filename, format=entry_format)
-    candidates = [*_pulled(places.models), *_in_hub_cache(places.hub_cache)]
+    repo_id = reference.repo_id
+    candidates = [*_pulled(places.models, repo_id), *_in_hub_cache(places.hub_cache, repo_id)]
     fitting = [each for each in candidates if is_meant(each, reference)]
     if not fitting:
         return None
@@ -264,13 +265,23 @@ def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _pulled(models: Path) -> Iterator[ModelFile]:
-    directory = models / "hub"
-    for place in sorted(directory.glob("*/*/**/*.gguf.json")) if directory.is_dir() else ():
-        path = place.with_suffix("")
-        record = read_record(path)
-        if record is not None and path.exists():
-            yield pulled_file(path, record)
+def _pulled(models: Path, repo_id: str | None = None) -> Iterator[ModelFile]:
+    """Of one repository, or of all."""
+    for repository in _directories(models / "hub", repo_id, ""):
+        for place in sorted(repository.glob("*/**/*.gguf.json")):
+            path = place.with_suffix("")
+            record = read_record(path)
+            if record is not None and path.exists():
+                yield pulled_file(path, record)
+
+
+def _directories(parent: Path, repo_id: str | None, prefix: str) -> list[Path]:
+    """Those of a repository, however it is capitalised; or of all repositories."""
+    if not parent.is_dir():
+        return []
+    wanted = None if repo_id is None else prefix + repo_id.replace("/", "--").lower()
+    found = (path for path in parent.iterdir() if path.name.startswith(prefix) and path.is_dir())
+    return sorted(path for path in found if wanted is None or path.name.lower() == wanted)
 
 
 def pulled_file(path: Path, record: Record) -> ModelFile:
@@ -290,15 +301,13 @@ def pulled_file(path: Path, record: Record) -> ModelFile:
 # -- the Hugging Face cache --------------------------------------------------------------------------------------
 
 
-def _in_hub_cache(cache: Path | None) -> Iterator[ModelFile]:
+def _in_hub_cache(cache: Path | None, repo_id: str | None = None) -> Iterator[ModelFile]:
     """GGUF files that huggingface_hub has downloaded: snapshots/COMMIT/FILE is a link to blobs/SHA256."""
-    if cache is None or not cache.is_dir():
-        return
-    for repository in sorted(cache.glob("models--*--*")):
-        repo_id = repository.name.removeprefix("models--").replace("--", "/", 1)
+    for repository in _directories(cache, repo_id, "models--") if cache is not None else ():
+        name = repository.name.removeprefix("models--").replace("--", "/", 1)
         for path in sorted(repository.glob("snapshots/*/**/*.gguf")):
             if path.exists():
-                yield _hub_cached(repository, repo_id, path)
+                yield _hub_cached(repository, name, path)
 
 
 def _hub_cached(repository: Path, repo_id: str, path: Path) -> ModelFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from conftest import PROGRAM, Run, golden
 from loopback_hub import Fault, LoopbackHub
 from test_store import hub_cached
 
+from llamacli import machine
 from llamacli.models import store
 from llamacli.models.store import Places
 
@@ -258,6 +260,18 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(hub: LoopbackHub, 
     assert done.returncode == 6 and hub.of("body") == []
     (said,) = errors(done.stderr)
     assert "needs 1152921504.61 GB of disk" in said and "GB free" in said
+
+
+def test_a_model_that_will_not_fit_in_memory_is_warned_of(hub: LoopbackHub, environment: dict[str, str]) -> None:
+    size = machine.memory().usable + 1_000_000_000
+    if shutil.disk_usage(Path(environment["LLAMACLI_HOME"]).parent).free < size + (1 << 30):
+        pytest.skip("the disk would be refused first")
+    hub.add(REPO, FILE, TINY)
+    hub.announced[FILE] = size
+    with subprocess.Popen([*PROGRAM, "pull", REPO], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("it may not run" in line for line in process.stderr)
+        process.kill()
 
 
 def test_a_directory_that_may_not_be_written_is_one_line(
