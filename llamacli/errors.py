@@ -8,6 +8,7 @@ LlamacliError
 ├── SchemaError     7 / 500   the answer does not satisfy the schema
 ├── RemoteError     8 / 502   a server we asked has failed
 └── EngineError     1 / 500   llama.cpp failed in a way that no input should be able to cause
+    └── EngineCrashed   1 / 503   the process that it ran in has died; another one is started
 
 The message is one line: what happened, with the numbers, and what to do about it. Anything that is not a
 LlamacliError is a bug and shows its traceback.
@@ -50,3 +51,9 @@ class RemoteError(LlamacliError):
 
 class EngineError(LlamacliError):
     """A failure inside the native library. Not the user's fault, so it keeps exit code 1."""
+
+
+class EngineCrashed(EngineError):
+    """The engine's process is not there: it has died under a request, or is not back yet."""
+
+    http_status = 503

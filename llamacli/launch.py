@@ -6,8 +6,9 @@ Every choice is recorded with its reason, for `--json` and `-v`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llamacli import machine
 from llamacli.config import Settings
@@ -19,16 +20,22 @@ from llamacli.machine import Gpu
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile
+from llamacli.prompt import Message, Prompt, PromptBuilder
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
+    from llamacli.engine.protocol import Recipe
+    from llamacli.engine.worker import Workshop
 
 FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
 MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
 MIN_BATCH = 32
+STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
+MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
+MIN_PREFIXES = 8  # finished answers that a server keeps in the cache, for the next turn of a conversation
 GPU_BUILD = (
     "rebuild the bindings for it: CMAKE_ARGS=-DGGML_{backend}=on "
     "pip install --force-reinstall --no-cache-dir llama-cpp-python=={version}"
@@ -115,6 +122,139 @@ def start(launch: Launch, n_prompt: int) -> Engine:
     options = ContextOptions(n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads)
     model = LlamaModel(launch.weights, options)
     return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What a server wants of its engine beside the settings.
+
+    slots    sequences that are computed at once
+    repack   rewrite the weights for this CPU; None: unless memory forbids it
+    """
+
+    slots: int = 4
+    repack: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= MAX_SERVED:
+            raise UsageError(f"--slots must be between 1 and {MAX_SERVED}, not {self.slots}")
+
+
+def serving(settings: Settings, file: ModelFile, cache: Path | None, options: ServeOptions) -> Recipe:
+    """How a child process makes the engine of a server. See supervisor.EngineProcess.
+
+    cache   where what is known of the file is noted; None keeps no notes
+
+    Raises ModelError for a file that is no model, before any process is started.
+    """
+    from llamacli.engine.protocol import Recipe
+
+    prepare(settings, file, lambda _: None)  # the child will say what there is to say
+    return Recipe(
+        "llamacli.launch:workshop",
+        {
+            "settings": asdict(settings),
+            "file": asdict(file) | {"path": str(file.path)},
+            "cache": str(cache) if cache else None,
+            "options": asdict(options),
+        },
+    )
+
+
+def workshop(
+    settings: dict[str, Any],
+    file: dict[str, Any],
+    cache: str | None,
+    options: dict[str, Any],
+    notice: Notice,
+    *,
+    usable: int | None = None,
+) -> Workshop:
+    """In the child: load the model and make the engine of a server. Raises as load() does.
+
+    usable   bytes of memory; by default as many as the machine has to give
+    """
+    from llamacli.engine.protocol import ModelFacts
+    from llamacli.engine.worker import Workshop
+
+    wanted = ServeOptions(**options)
+    model = ModelFile(**file | {"path": Path(file["path"])})
+    launch = prepare(Settings(**settings), model, notice, Notes(Path(cache)) if cache else None)
+    engine = serve(launch, wanted, notice, usable=machine.memory().usable if usable is None else usable)
+    assert launch.weights is not None
+    builder = PromptBuilder(launch.header, launch.weights.vocabulary, known=model.format)
+    facts = ModelFacts(
+        name=launch.file.name,
+        path=str(launch.file.path),
+        n_vocab=engine.model.n_vocab,
+        n_limit=engine.n_limit,
+        n_cells=engine.model.n_cells,
+        slots=wanted.slots,
+        format=str(builder.format),
+        device=launch.device,
+        choices={name: (choice.value, choice.why) for name, choice in launch.choices.items()},
+    )
+
+    def encode(question: str | list[Message]) -> Prompt:
+        return builder.continued(question) if isinstance(question, str) else builder.build(question)
+
+    return Workshop(engine, encode, facts)
+
+
+def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int) -> Engine:
+    """Load the weights and make an engine for many sequences at once. Raises as load() does."""
+    from llamacli.engine.devices import gpu_devices
+    from llamacli.engine.engine import Engine
+    from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
+
+    checksum.check(launch.file, launch.notes)
+    layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    n_slots = options.slots + max(MIN_PREFIXES, options.slots)
+    n_cells = _served_cells(launch, options.slots, n_slots, layers, usable, notice)
+    repack, why = _repack(launch, options, n_cells, n_slots, layers, usable)
+    threads, why_threads = _threads(launch.settings)
+    launch.choices |= {
+        "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
+        "repack": Choice(repack, why),
+        "threads": Choice(threads, why_threads),
+        "batch": Choice(MAX_BATCH, f"prompts get {STEP_SECONDS:g} s of a step"),
+    }
+    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    context = ContextOptions(
+        n_cells=n_cells, n_slots=n_slots, n_batch=MAX_BATCH, threads=threads, threads_batch=threads
+    )
+    model = LlamaModel(launch.weights, context)
+    return Engine(model, n_limit=launch.n_limit, step_seconds=STEP_SECONDS, max_running=options.slots)
+
+
+def _served_cells(launch: Launch, slots: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
+    """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
+    header, limit = launch.header, launch.n_limit
+    smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
+    memory.check(smallest, usable)
+    wanted = -(-limit * slots // memory.CELLS) * memory.CELLS
+    n_cells = memory.largest_context(header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
+    n_cells = max(n_cells, memory.CELLS)
+    room = f"{usable / 2**30:.1f} GiB of memory can be used"
+    why = f"{slots} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {slots} x {limit:,} tokens need more"
+    launch.choices["cells"] = Choice(n_cells, why)
+    if n_cells < limit:
+        notice(f"a sequence can hold {n_cells:,} tokens instead of {limit:,}: {room}")
+        launch.choices["context_limit"] = Choice(n_cells, room)
+        launch.n_limit = n_cells
+    return n_cells
+
+
+def _repack(
+    launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, layers: int, usable: int
+) -> tuple[bool, str]:
+    """While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it."""
+    if options.repack is not None:
+        return options.repack, "as set"
+    host = memory.plan(launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots).host
+    if host.total + host.weights > usable:
+        return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
+    return True, "a server loads once; memory holds a second copy of the weights"
 
 
 def _threads(settings: Settings) -> tuple[int, str]:

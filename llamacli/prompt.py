@@ -119,6 +119,15 @@ class PromptBuilder:
             return Prompt(self._rendered(messages), self.format, trim=True)
         return Prompt(self._completed(messages), self.format)
 
+    def continued(self, text: str) -> Prompt:
+        """Token ids of a text that is to go on as it is, without a template. Control tokens in it are plain text.
+
+        Raises UsageError for an empty text.
+        """
+        if not text:
+            raise UsageError("the prompt is empty")
+        return Prompt(self._with_bos(self.tokenizer.tokenize(text)), Format.COMPLETION)
+
     def shown(self, prompt: Prompt) -> str:
         """The prompt with its control tokens spelt out."""
         return self.tokenizer.spelt(prompt.tokens)

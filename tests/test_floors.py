@@ -30,20 +30,31 @@ FLOORS = [
     ],
     ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
-    ["engine.engine"],
+    ["engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
     ["launch", "diagnosis", "problems"],
+    ["server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
+    ["server.failure", "server.fields", "server.exchange", "server.answer", "server.ask", "server.trace"],
+    ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
+    ["server.contract", "server.openai", "server.connection", "server.listen", "server.app"],
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
-    ["commands.config", "commands.tokenize", "commands.doctor", "commands.run", "commands.models"],
+    [
+        *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
+        *("commands.run", "commands.models", "commands.serve"),
+    ],
     ["commands.app"],
     ["__main__"],
 ]
-EMPTY = ["models.__init__", "engine.__init__", "commands.__init__"]
+EMPTY = ["models.__init__", "engine.__init__", "server.__init__", "commands.__init__"]
 # A third-party library's only home.
 HOMES = {
     "llama_cpp": ["engine.bindings"],
     "numpy": ["engine.llama"],
     "jinja2": ["prompt"],
     "platformdirs": ["config"],
+    "sqlite3": ["server.ledger"],
+    "prometheus_client": ["server.metrics"],
+    "uvicorn": ["server.connection", "server.listen"],
+    "uvloop": ["commands.serve"],
     "typer": ["commands.app"],
     "rich": ["commands.progress", "commands.table"],
     "huggingface_hub": ["models.hub"],
@@ -129,10 +140,21 @@ def loaded_by(*arguments: str) -> set[str]:
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
-HEAVY = {"llama_cpp", "numpy", "jinja2", "huggingface_hub", "rich", "pydantic", "platformdirs", "asyncio", "fastapi"}
+HEAVY = {
+    "llama_cpp",
+    "numpy",
+    "jinja2",
+    "huggingface_hub",
+    "rich",
+    "pydantic",
+    "platformdirs",
+    "asyncio",
+    "fastapi",
+    "sqlite3",
+}
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"], ["keys", "create", "--help"]])
 def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
     loaded = loaded_by(*arguments)
     assert not HEAVY & loaded

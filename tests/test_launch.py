@@ -9,10 +9,11 @@ import pytest
 
 from llamacli import launch as launching
 from llamacli.config import Settings
+from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.engine.devices import Device
 from llamacli.errors import ModelError, ResourceError, UsageError
-from llamacli.launch import Launch, load, place, prepare, start
+from llamacli.launch import Launch, ServeOptions, load, place, prepare, serve, start
 from llamacli.machine import Gpu
 from llamacli.models import store
 
@@ -104,6 +105,46 @@ def test_a_bundled_model_that_was_changed_is_never_run(tmp_path: Path) -> None:
     launch.file = replace(launch.file, path=path)
     with pytest.raises(ModelError, match="sha256"):
         load(launch, notices.append)
+
+
+def test_a_server_holds_a_full_context_for_each_slot_and_prefixes_beside(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path, ctx_size=300)
+    engine = serve(launch, ServeOptions(slots=3), notices.append, usable=8 * GIB)
+    assert (engine.model.n_cells, engine.n_limit) == (1024, 300)  # 3 x 300, in blocks of 256
+    assert engine.model.n_slots == 3 + 8
+    assert {"slots", "cells", "repack", "threads", "batch"} <= launch.choices.keys()
+    assert notices == []
+    engine.close()
+
+
+def test_a_server_with_little_memory_holds_what_fits_and_says_so(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    n_slots = 2 + 8
+    room = memory.plan(launch.header, 768, n_ubatch=512, n_outputs=n_slots).host.total
+    engine = serve(launch, ServeOptions(slots=2), notices.append, usable=room)
+    assert (engine.model.n_cells, engine.n_limit) == (768, 768)
+    assert len(notices) == 1 and "768 tokens instead of 1,024" in notices[0]
+    assert launch.choices["repack"].value is False
+    engine.close()
+
+
+def test_a_server_whose_model_does_not_fit_is_refused(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    with pytest.raises(ResourceError, match="needs"):
+        serve(launch, ServeOptions(), notices.append, usable=1 << 20)
+
+
+@pytest.mark.parametrize("repack", [True, False])
+def test_a_server_repacks_as_it_is_told(repack: bool, tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    serve(launch, ServeOptions(repack=repack), notices.append, usable=8 * GIB).close()
+    assert launch.choices["repack"] == launching.Choice(repack, "as set")
+
+
+@pytest.mark.parametrize("slots", [0, 129])
+def test_a_server_takes_as_many_slots_as_llama_cpp_can_hold(slots: int) -> None:
+    with pytest.raises(UsageError, match="--slots must be between 1 and 128"):
+        ServeOptions(slots=slots)
 
 
 def test_the_remedy_names_the_pinned_bindings() -> None:

@@ -10,7 +10,8 @@ import signal
 import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,10 +19,16 @@ from llamacli import __version__
 from llamacli.config import Resolved, directories, resolve
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
-# Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "serve", "batch", "embed", "keys", "usage", "tune", "bench")
+if TYPE_CHECKING:
+    from llamacli.commands.terminal import Notices
 
-COMMANDS = ("run", "pull", "list", "show", "rm", "verify", "tokenize", "config", "doctor")
+# Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
+RESERVED = ("chat", "batch", "embed", "tune", "bench")
+
+COMMANDS = (
+    *("run", "serve", "pull", "list", "show", "rm", "verify"),
+    *("keys", "usage", "tokenize", "config", "doctor"),
+)
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 app = typer.Typer(
@@ -147,6 +154,7 @@ Model = Annotated[
     ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+JsonArrayFlag = Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")]
 
 
 @app.command(epilog='Example: llamacli run -m tiny "Tell me about llama2"')
@@ -236,6 +244,51 @@ def tokenize(
     )
 
 
+@app.command(epilog="Example: llamacli serve -m tiny --port 0 & sleep 3; kill $!; wait $!")
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at; 0 is any that is free.")] = 8080,
+    uds: Annotated[str | None, typer.Option(metavar="PATH", help="Listen at a Unix socket instead.")] = None,
+    slots: Annotated[int, typer.Option(help="Answers that are computed at once.")] = 4,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot; more get status 429.")] = 64,
+    ctx_size: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens of the longest conversation. [the model's]")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="LLAMACLI_API_KEY", help="A key that clients must send. Repeatable.")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a key.")] = False,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages from here may call; * is any. Repeatable.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="The largest request, in bytes.")] = 10 << 20,
+    grace: Annotated[float, typer.Option(help="Seconds for open answers when the server is to end.")] = 30.0,
+    gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
+    require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
+    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
+    quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
+) -> int:
+    """Serve the Llama 2 API and the OpenAI API over HTTP."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import serve as command
+
+    wishes = command.Wishes(
+        host=host,
+        port=port,
+        uds=Path(uds) if uds else None,
+        slots=slots,
+        queue=queue,
+        api_keys=tuple(api_key or ()),
+        no_auth=no_auth,
+        cors_origins=tuple(cors_origin or ()),
+        max_body=max_body,
+        grace=grace,
+    )
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
+
+
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_model_names)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
 
@@ -311,6 +364,66 @@ def doctor(as_json: JsonFlag = False) -> int:
     from llamacli.commands import doctor as command
 
     return command.run(os.environ, as_json=as_json)
+
+
+keys = typer.Typer(
+    help="Subscription keys of the server: create, list, revoke.",
+    epilog="Example: llamacli keys create --name laptop --rpm 60",
+    rich_markup_mode=None,
+)
+app.add_typer(keys, name="keys")
+
+
+def _notices() -> Notices:
+    from llamacli.commands.terminal import Notices
+
+    return Notices(quiet=resolved({}).settings.quiet)
+
+
+@keys.command("create", epilog="Example: llamacli keys create --name laptop --rpm 60 --tokens-per-day 100000")
+def keys_create(
+    name: Annotated[str, typer.Option(help="Whose or what for; any name that no key in force has.")],
+    rpm: Annotated[int | None, typer.Option(help="Requests in any 60 seconds. [no limit]")] = None,
+    tokens_per_day: Annotated[
+        int | None, typer.Option(help="Tokens in a UTC day, prompts and answers together. [no limit]")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print a new key, this once: it is stored as a hash."""
+    from llamacli.commands import keys as command
+
+    data = directories(os.environ).data
+    command.create(data, _notices(), name=name, rpm=rpm, tokens_per_day=tokens_per_day, as_json=as_json)
+
+
+@keys.command("list", epilog="Example: llamacli keys list --json")
+def keys_list(as_json: JsonArrayFlag = False) -> None:
+    """Show all keys, revoked ones too; never their text."""
+    from llamacli.commands import keys as command
+
+    command.show(directories(os.environ).data, _notices(), as_json=as_json)
+
+
+@keys.command("revoke", epilog="Example: llamacli keys revoke laptop")
+def keys_revoke(reference: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key's name or id.")]) -> None:
+    """End a key. A running server refuses it within 2 seconds."""
+    from llamacli.commands import keys as command
+
+    command.revoke(directories(os.environ).data, _notices(), reference)
+
+
+@app.command(epilog="Example: llamacli usage --days 7 --json")
+def usage(
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME|ID", help="Only this key; - is requests without one.")
+    ] = None,
+    days: Annotated[int, typer.Option(help="How many UTC days, today included.")] = 30,
+    as_json: JsonArrayFlag = False,
+) -> None:
+    """Show what each key has used, by day: requests, those that failed, tokens."""
+    from llamacli.commands import keys as command
+
+    command.usage(directories(os.environ).data, _notices(), reference=key, n_days=days, as_json=as_json)
 
 
 def _settings_names() -> frozenset[str]:

@@ -14,7 +14,7 @@ from llamacli.engine.detokenizer import Detokenizer
 from llamacli.engine.kv import KvCache
 from llamacli.engine.model import Aborted, BatchFailed, KvFull, Model, Sampler
 from llamacli.engine.scheduler import Scheduler
-from llamacli.engine.sequence import Delta, FinishReason, SamplingParams, Sequence, Usage
+from llamacli.engine.sequence import Delta, FinishReason, Load, SamplingParams, Sequence, Usage
 from llamacli.errors import InputTooLong, ResourceError, UsageError
 
 
@@ -34,6 +34,7 @@ class Engine:
     n_limit        tokens that one sequence may hold at most, prompt and answer; by default all cells
     max_cells      the cache may grow up to here while a single sequence runs
     step_seconds   time that prompts may take of a step; None when nobody waits for anybody
+    max_running    sequences that are computed at once; what slots are left hold kept prefixes
     """
 
     def __init__(
@@ -43,18 +44,36 @@ class Engine:
         n_limit: int | None = None,
         max_cells: int | None = None,
         step_seconds: float | None = 0.25,
+        max_running: int | None = None,
     ) -> None:
         self.model = model
         self.kv = KvCache(model.n_cells, model.n_slots, model)
         self._max_cells = max(max_cells or 0, model.n_cells)
         self.n_limit = min(n_limit or self._max_cells, self._max_cells)
-        self._scheduler = Scheduler(self.kv, n_batch=model.n_batch, step_seconds=step_seconds)
+        self._scheduler = Scheduler(self.kv, n_batch=model.n_batch, step_seconds=step_seconds, max_running=max_running)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
 
     @property
     def is_idle(self) -> bool:
         return not self._requests
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything: some sequence is neither finished nor paused."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def load(self) -> Load:
+        scheduler = self._scheduler
+        return Load(
+            len(scheduler.running),
+            len(scheduler.waiting) + len(scheduler.paused),
+            self.kv.cells.n_used,
+            scheduler.n_reused,
+            scheduler.n_prefilled,
+            scheduler.n_decoded,
+        )
 
     def add(self, prompt: Iterable[int], params: SamplingParams | None = None, *, trim: bool = False) -> Sequence:
         """Queue a prompt. Its answer comes out of step() under the sequence's id.
@@ -120,6 +139,16 @@ class Engine:
         """Forget a sequence at any stage and give its cells back. Does nothing if it has ended already."""
         if sequence.id in self._requests:
             self._retire(sequence, keep=False)
+
+    def pause(self, sequence: Sequence) -> None:
+        """Compute nothing more of a sequence until resume(): nobody reads its answer for now. See Scheduler.pause."""
+        if sequence.id in self._requests:
+            self._scheduler.pause(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Go on with a paused sequence. Does nothing if it is not paused, or has ended."""
+        if sequence.id in self._requests:
+            self._scheduler.resume(sequence)
 
     def abort(self) -> None:
         """Stop the step that is running, or else the next one. For another thread, on the way out."""

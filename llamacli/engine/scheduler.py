@@ -18,14 +18,22 @@ class Scheduler:
     n_batch       rows of a batch at most
     step_seconds  how long the prefill part of one step may take, so that no stream stalls behind a long
                   prompt; None where nobody else waits
+    max_running   sequences that are computed at once; the other slots hold kept prefixes. By default all slots
     """
 
-    def __init__(self, kv: KvCache, *, n_batch: int, step_seconds: float | None = 0.25) -> None:
+    def __init__(
+        self, kv: KvCache, *, n_batch: int, step_seconds: float | None = 0.25, max_running: int | None = None
+    ) -> None:
         assert n_batch >= kv.n_slots, "every decoding sequence must find a row"
         self.kv = kv
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
+        self.paused: set[Sequence] = set()
+        self.n_prefilled = 0  # rows computed of prompts, and of answers that had to be computed again
+        self.n_decoded = 0
+        self.n_reused = 0  # tokens whose cells were there already when their sequence was let in
         self._n_batch = n_batch
+        self._max_running = kv.n_slots if max_running is None else max_running
         self._step_seconds = step_seconds
         self._prefill_rate = 0.0  # tokens/s, exponential average; 0 until measured
         self._chunk_cap = n_batch  # halved while llama.cpp says the cache is full
@@ -38,6 +46,9 @@ class Scheduler:
     def remove(self, sequence: Sequence, *, keep: bool = False) -> None:
         """Take a sequence out, at any stage. `keep` leaves its tokens in the cache as a prefix for others."""
         self._leaders.pop(sequence.id, None)
+        if sequence in self.paused:
+            self.paused.remove(sequence)
+            return
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return
@@ -48,6 +59,24 @@ class Scheduler:
         else:
             self.kv.release(sequence.slot)
         sequence.slot = None
+
+    def pause(self, sequence: Sequence) -> None:
+        """Compute nothing more of a sequence until resume().
+
+        Its slot goes to the next one and its cells are kept as a prefix: as long as nobody else needs them it
+        goes on where it stopped, without computing anything again.
+        """
+        self.remove(sequence, keep=True)
+        sequence.n_computed = 0  # until it is let in again
+        self.paused.add(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a paused sequence go on. It comes before those that arrived after it."""
+        if sequence not in self.paused:
+            return
+        self.paused.remove(sequence)
+        at = next((i for i, other in enumerate(self.waiting) if other.id > sequence.id), len(self.waiting))
+        self.waiting.insert(at, sequence)
 
     def schedule(self) -> list[Chunk]:
         """The next batch. Empty when there is nothing to do, or when the only running sequence finds no cell."""
@@ -70,6 +99,10 @@ class Scheduler:
             self.kv.extend(sequence.slot, n)
             sequence.n_computed += n
             n_rows += n
+            if n == 1 and sequence.n_generated:
+                self.n_decoded += 1
+            else:
+                self.n_prefilled += n
         self._chunk_cap = self._n_batch
         if n_rows >= MIN_CHUNK and seconds > 0:
             rate = n_rows / seconds
@@ -138,7 +171,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         held: list[Sequence] = []
-        while self.waiting and self.kv.can_lend and not (self._is_short and self.running):
+        while self._has_place():
             sequence = self.waiting.popleft()
             if self._is_led(sequence):
                 held.append(sequence)
@@ -152,6 +185,12 @@ class Scheduler:
                 held.append(sequence)
                 break  # nobody overtakes a sequence that waits for room
         self.waiting.extendleft(reversed(held))
+
+    def _has_place(self) -> bool:
+        """Whether one more sequence may be let in, if it fits."""
+        if not self.waiting or len(self.running) >= self._max_running:
+            return False
+        return self.kv.can_lend and not (self._is_short and bool(self.running))
 
     def _is_led(self, sequence: Sequence) -> bool:
         """Whether a running sequence is just computing the prefix that this one can share."""
@@ -189,6 +228,7 @@ class Scheduler:
         sequence.slot = self.kv.adopt(sequence.tokens, donor, length) if length else self.kv.lend()
         if sequence.n_generated == 0:
             sequence.n_cached = length
+        self.n_reused += length
         sequence.n_computed = length
         # Keep the order of arrival: a sequence that was sent back is older than those that came later.
         at = next((i for i, s in enumerate(self.running) if s.id > sequence.id), len(self.running))

@@ -116,6 +116,17 @@ class Usage:
     cached_tokens: int  # of the prompt tokens: those whose KV was already there
 
 
+class Load(NamedTuple):
+    """What an engine is doing, and the tokens it has dealt with since it began."""
+
+    slots_busy: int = 0
+    waiting: int = 0  # paused ones among them
+    cells_used: int = 0  # kept prefixes among them
+    prefix_hit_tokens: int = 0  # not computed: their cells were there
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
 class Delta(NamedTuple):
     """What one step added to one sequence. The last one has a finish_reason and the usage."""
 

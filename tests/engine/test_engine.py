@@ -343,6 +343,7 @@ def test_ten_thousand_random_steps_leave_nothing_in_use(seed: int) -> None:
     model = ScriptedModel(n_cells=96, n_slots=5, n_batch=16)
     engine = Engine(model, n_limit=60)
     live: list[Sequence] = []
+    paused: list[Sequence] = []
     for _ in range(10_000):
         act = chance.random()
         if act < 0.3 and len(live) < 12:
@@ -350,8 +351,17 @@ def test_ten_thousand_random_steps_leave_nothing_in_use(seed: int) -> None:
             live.append(engine.add(prompt, SamplingParams(max_tokens=chance.randint(1, 20))))
         elif act < 0.45 and live:
             engine.cancel(live.pop(chance.randrange(len(live))))
+        elif act < 0.5 and live:
+            sequence = chance.choice(live)
+            if sequence in paused:
+                paused.remove(sequence)
+                engine.resume(sequence)
+            else:
+                paused.append(sequence)
+                engine.pause(sequence)
+            paused = [each for each in paused if each in live]
         else:
-            if act < 0.5:
+            if act < 0.55:
                 model.faults.append(chance.choice([KvFull(), KvFull()]))
             for delta in engine.step():
                 if delta.finish_reason:
@@ -362,6 +372,99 @@ def test_ten_thousand_random_steps_leave_nothing_in_use(seed: int) -> None:
     for sequence in live:
         engine.cancel(sequence)
     assert engine.is_idle and is_clean(engine, model)
+
+
+def test_a_paused_sequence_takes_no_rows_and_goes_on_where_it_stopped() -> None:
+    model = ScriptedModel(n_cells=200)
+    engine = Engine(model)
+    paused = engine.add([1, 5, 6], SamplingParams(max_tokens=20))
+    other = engine.add([1, 9], SamplingParams(max_tokens=40))
+    deltas: dict[int, list[Delta]] = {}
+    for _ in range(5):
+        step(engine, deltas)
+    engine.pause(paused)
+    model.batches.clear()
+    for _ in range(5):
+        step(engine, deltas)
+    assert {row[0] for batch in model.batches for row in batch} == {other.id}
+    engine.resume(paused)
+    model.batches.clear()
+    drain(engine, deltas)
+    assert tokens_of(deltas[paused.id]) == alone([1, 5, 6], 20)
+    assert {row[2] for batch in model.batches for row in batch} == {1}, "nothing is computed twice"
+    assert is_clean(engine, model)
+
+
+def test_an_engine_of_paused_sequences_has_no_work_and_lets_others_use_everything() -> None:
+    model = ScriptedModel(n_cells=64, n_slots=2, n_batch=64)
+    engine = Engine(model)
+    paused = [engine.add(list(range(first, first + 20)), SamplingParams(max_tokens=5)) for first in (3, 103)]
+    deltas: dict[int, list[Delta]] = {}
+    step(engine, deltas)
+    for sequence in paused:
+        engine.pause(sequence)
+    assert (engine.has_work, engine.step()) == (False, [])
+    assert engine.load.waiting == 2
+    large = engine.add(list(range(50, 100)), SamplingParams(max_tokens=10))
+    while engine.has_work:
+        step(engine, deltas)
+    assert tokens_of(deltas[large.id]) == alone(list(range(50, 100)), 10)
+    for sequence in paused:
+        engine.resume(sequence)
+    drain(engine, deltas)
+    for sequence, first in zip(paused, (3, 103), strict=True):
+        assert tokens_of(deltas[sequence.id]) == alone(list(range(first, first + 20)), 5)
+    assert is_clean(engine, model)
+
+
+def test_a_paused_sequence_can_be_cancelled_and_one_that_waits_can_be_paused() -> None:
+    model = ScriptedModel(n_slots=1)
+    engine = Engine(model)
+    running, waiting = engine.add([1, 5], TEN), engine.add([1, 6], TEN)
+    engine.step()
+    engine.pause(waiting)
+    engine.pause(running)
+    engine.cancel(running)
+    engine.resume(running)  # too late: nothing happens
+    assert engine.step() == []
+    engine.resume(waiting)
+    engine.resume(waiting)
+    assert tokens_of(drain(engine)[waiting.id]) == alone([1, 6], 10)
+    assert is_clean(engine, model)
+
+
+def test_a_resumed_sequence_comes_before_those_that_arrived_after_it() -> None:
+    engine = Engine(ScriptedModel(n_slots=4), max_running=1)
+    first = engine.add([1, 5], SamplingParams(max_tokens=4))
+    engine.step()
+    engine.pause(first)
+    second, third = engine.add([1, 6], TEN), engine.add([1, 7], TEN)
+    engine.step()
+    engine.resume(first)
+    ends = [delta.sequence_id for _ in range(40) for delta in engine.step() if delta.finish_reason]
+    assert ends == [second.id, first.id, third.id]
+
+
+def test_slots_beyond_those_that_compute_hold_kept_prefixes() -> None:
+    model = ScriptedModel(n_cells=400, n_slots=6)
+    engine = Engine(model, max_running=2)
+    for first in range(3, 13):
+        engine.add([first, 4, 5], TEN)
+    while engine.has_work:
+        engine.step()
+        assert engine.load.slots_busy <= 2
+    assert max(len(batch) for batch in model.batches) == 2
+    assert engine.kv.n_cached_slots >= 4
+
+
+def test_the_load_counts_every_token_once() -> None:
+    engine = Engine(ScriptedModel(n_cells=200))
+    prompt = list(range(3, 33))
+    list(engine.generate(prompt, TEN))
+    list(engine.generate([*prompt, 200], TEN))
+    load = engine.load
+    assert (load.prefix_hit_tokens, load.prefill_tokens, load.decode_tokens) == (30, 31, 18)
+    assert (load.slots_busy, load.waiting) == (0, 0)
 
 
 def test_bad_prompts_are_refused_before_anything_native_sees_them() -> None:

@@ -1,0 +1,202 @@
+"""`llamacli serve`: from flags to a running server, and from the first signal to its orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamacli import launch as launching
+from llamacli.commands.obtain import models_in, obtain
+from llamacli.commands.terminal import Notices
+from llamacli.config import Directories, Settings
+from llamacli.engine.sequence import SamplingParams
+from llamacli.engine.supervisor import EngineProcess
+from llamacli.errors import UsageError
+from llamacli.launch import ServeOptions
+from llamacli.models.notes import Notes
+from llamacli.server import listen
+from llamacli.server.access import Origins
+from llamacli.server.accounts import Accounts
+from llamacli.server.app import App, Served
+from llamacli.server.gate import Gate
+from llamacli.server.ledger import FILENAME
+from llamacli.server.log import Log
+from llamacli.server.metrics import Metrics
+from llamacli.server.service import Service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What `serve` wants beside the settings.
+
+    uds        a Unix socket instead of host and port
+    queue      requests that may wait for a slot
+    api_keys   keys beside those of `llamacli keys create`
+    max_body   bytes
+    grace      seconds for answers that are being written when the server is to end
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    uds: Path | None = None
+    slots: int = 4
+    queue: int = 64
+    api_keys: tuple[str, ...] = ()
+    no_auth: bool = False
+    cors_origins: tuple[str, ...] = ()
+    max_body: int = 10 << 20
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port must be between 0 and 65535, not {self.port}")
+        if self.queue < 0:
+            raise UsageError(f"--queue must be 0 or more, not {self.queue}")
+        if self.max_body < 1:
+            raise UsageError(f"--max-body must be 1 byte or more, not {self.max_body}")
+        if self.grace < 0:
+            raise UsageError(f"--grace must be 0 or more seconds, not {self.grace:g}")
+        if self.no_auth and self.api_keys:
+            raise UsageError("--no-auth and --api-key contradict each other")
+
+    @property
+    def is_local(self) -> bool:
+        return self.uds is not None or listen.is_loopback(self.host)
+
+
+def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
+    """Serve until a signal ends it. Returns the exit code. Raises LlamacliError before anything is loaded."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that goes away must not take us along
+    log = Log(sys.stderr, as_json=not sys.stderr.isatty(), quiet=settings.quiet)
+    options = ServeOptions(slots=wishes.slots)
+    notes = Notes(places.cache)
+    file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
+    recipe = launching.serving(settings, file, places.cache, options)
+    bound = listen.bind_unix(wishes.uds) if wishes.uds else listen.bind(wishes.host, wishes.port)
+    accounts = _accounts(wishes, places, log)
+    engine = EngineProcess(recipe, notice=lambda line: log.event("notice", line))
+    loop_factory = _loop_factory()
+    try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(_Server(settings, wishes, bound, accounts, engine, log).run())
+    finally:
+        if accounts is not None:
+            accounts.close()
+        if wishes.uds:
+            wishes.uds.unlink(missing_ok=True)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _accounts(wishes: Wishes, places: Directories, log: Log) -> Accounts | None:
+    """Keys and usage. Raises UsageError where everybody could call a server without a key."""
+    if wishes.no_auth:
+        return None
+    accounts = Accounts(places.data / FILENAME, given=wishes.api_keys, report=lambda line: log.event("accounts", line))
+    if accounts.ring.is_open and not wishes.is_local:
+        accounts.close()
+        raise UsageError(
+            f"{wishes.host} can be reached by others, and there is no key: llamacli keys create --name NAME makes one, "
+            "--no-auth serves everybody"
+        )
+    return accounts
+
+
+class _Server:
+    """The parts of a running server, put together."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        wishes: Wishes,
+        bound: socket.socket,
+        accounts: Accounts | None,
+        engine: EngineProcess,
+        log: Log,
+    ) -> None:
+        self._wishes = wishes
+        self._bound = bound
+        self._engine = engine
+        self._log = log
+        self._name = settings.model
+        self._service = Service(engine, wishes.slots, wishes.queue)
+        self._stop = asyncio.Event()
+        self._is_urgent = False
+        app = App(
+            self._service,
+            served=Served(name=settings.model, names=_names(settings.model), piece_of=engine.piece),
+            defaults=_defaults(settings),
+            origins=Origins(wishes.is_local, frozenset(wishes.cors_origins)),
+            gate=Gate(accounts),
+            metrics=Metrics(lambda: engine.stats),
+            log=log,
+            max_body=wishes.max_body,
+        )
+        self._http = listen.Http(app)
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.ensure_future(self._http.serve(sockets=[self._bound]))
+        starting = asyncio.ensure_future(self._engine.start())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()  # raises what the loading raised
+                self._log.event("ready", self._ready_line())
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._drain()
+        finally:
+            starting.cancel()
+            stopping.cancel()
+            self._http.should_exit = True
+            await self._engine.stop(0)
+            await serving
+        return 0
+
+    def _ready_line(self) -> str:
+        where = str(self._wishes.uds) if self._wishes.uds else listen.url_of(self._bound)
+        return f"serving {self._name} at {where}"
+
+    def _on_signal(self) -> None:
+        self._is_urgent = self._stop.is_set()
+        self._stop.set()
+        if self._is_urgent:
+            self._service.hurry()
+
+    async def _drain(self) -> None:
+        n_open = self._service.n_open
+        if n_open:
+            self._log.event("draining", f"finishing {n_open} answers; a second signal stops at once")
+        if not await self._service.drain(self._wishes.grace):
+            self._log.event("draining", f"{self._service.n_open} answers were not finished in time")
+
+
+def _names(name: str) -> frozenset[str]:
+    """Everything that means the model in a request."""
+    return frozenset({name, Path(name).stem if name.endswith(".gguf") else name})
+
+
+def _defaults(settings: Settings) -> SamplingParams:
+    return SamplingParams(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        repeat_penalty=settings.repeat_penalty,
+        seed=settings.seed,
+        max_tokens=settings.max_tokens,
+    )

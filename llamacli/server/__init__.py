@@ -1,0 +1,1 @@
+"""The HTTP server, the keys that open it, and what each key has used."""

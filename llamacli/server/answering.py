@@ -1,0 +1,107 @@
+"""Carries an answer from the engine to a client, whole or as events, and stops the engine when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
+
+from llamacli.engine.sequence import Delta, FinishReason
+from llamacli.errors import EngineError
+from llamacli.server.answer import Shape
+from llamacli.server.ask import Ask
+from llamacli.server.exchange import ClientGone, Exchange
+from llamacli.server.log import Record
+from llamacli.server.metrics import Metrics
+from llamacli.server.service import Service, Work
+
+STALL_SECONDS = 60.0  # for a client that does not read what it asked for
+
+
+@dataclass(slots=True)
+class Answering:
+    service: Service
+    metrics: Metrics
+
+    async def answer(self, exchange: Exchange, record: Record, ask: Ask, shape: Shape) -> None:
+        """Raises Failure or LlamacliError when it cannot be answered, ClientGone when nobody is there to be told."""
+        started = perf_counter()
+        work = await self.service.open(ask)
+        record.prompt_tokens = work.prompt_tokens
+        watcher = asyncio.ensure_future(exchange.gone())
+        watcher.add_done_callback(lambda _: work.cancel())
+        try:
+            if ask.stream:
+                await self._stream(exchange, work, shape, started)
+            else:
+                await self._whole(exchange, work, shape, started)
+        finally:
+            record.completion_tokens = work.n_drawn
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+            self.service.close(work)
+
+    async def _whole(self, exchange: Exchange, work: Work, shape: Shape, started: float) -> None:
+        clock = _Clock(self.metrics, started)
+        async for _, deltas in work.pieces():
+            clock.note(deltas)
+        _check(work)
+        await exchange.respond(200, shape.whole(work.answers))
+
+    async def _stream(self, exchange: Exchange, work: Work, shape: Shape, started: float) -> None:
+        """The status goes out with the first piece, so that a request that fails before gets its proper error."""
+        clock = _Clock(self.metrics, started)
+        async for answer, deltas in work.pieces():
+            clock.note(deltas)
+            if deltas[-1].finish_reason in (FinishReason.CANCELLED, FinishReason.FAILED):
+                break
+            if exchange.status is None:
+                await exchange.start_events()
+                events = shape.opening() + shape.piece(answer, deltas)
+            else:
+                events = shape.piece(answer, deltas)
+            if events:
+                await _send(exchange, events)
+        _check(work)
+        await _send(exchange, shape.closing(work.answers), last=True)
+
+
+async def _send(exchange: Exchange, events: bytes, *, last: bool = False) -> None:
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            await exchange.events(events, last=last)
+    except TimeoutError:
+        raise ClientGone from None
+
+
+def _check(work: Work) -> None:
+    """That there is an answer, and somebody who waits for it."""
+    if work.is_cancelled:
+        raise ClientGone
+    if any(answer.finish_reason in (FinishReason.FAILED, FinishReason.CANCELLED, None) for answer in work.answers):
+        raise EngineError("llama.cpp could not compute the answer: try again; the server's log may tell why")
+
+
+class _Clock:
+    """Measures what a client waits for: the first token, and then each next one."""
+
+    def __init__(self, metrics: Metrics, started: float) -> None:
+        self._metrics = metrics
+        self._last = started
+        self._is_first = True
+
+    def note(self, deltas: Sequence[Delta]) -> None:
+        n_tokens = sum(delta.token is not None for delta in deltas)
+        if not n_tokens:
+            return
+        now = perf_counter()
+        passed, self._last = now - self._last, now
+        if self._is_first:
+            self._is_first = False
+            self._metrics.time_to_first_token.observe(passed)
+            return
+        for _ in range(n_tokens):
+            self._metrics.inter_token.observe(passed / n_tokens)

@@ -1,0 +1,247 @@
+"""The route table, and what every request passes: trace id, origin, key, the error door, metrics and log."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from time import perf_counter, time
+
+from llamacli.engine.sequence import SamplingParams
+from llamacli.errors import LlamacliError
+from llamacli.server import access, contract, failure, openai
+from llamacli.server.answering import Answering
+from llamacli.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
+from llamacli.server.failure import Failure
+from llamacli.server.gate import Gate, Pass
+from llamacli.server.log import Log, Record
+from llamacli.server.metrics import CONTENT_TYPE as METRICS_TYPE
+from llamacli.server.metrics import Metrics
+from llamacli.server.service import Service
+from llamacli.server.trace import trace_id
+
+CLIENT_GONE = 499  # nginx's number for a client that went away; for the log alone
+BODY_SECONDS = 30.0
+
+Handler = Callable[["Call"], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Call:
+    """One request on its way through the server."""
+
+    exchange: Exchange
+    record: Record
+    started: float
+    entry: Pass = field(default_factory=Pass)
+
+    @property
+    def trace_id(self) -> str:
+        return self.record.trace_id
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """is_open    needs no key
+    is_work    asks the engine: counts against the limits of a key, and in its usage
+    """
+
+    handler: Handler
+    is_open: bool = False
+    is_work: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The model as clients know it.
+
+    name       what it is called in answers
+    names      everything that means it in a request
+    piece_of   a token's own bytes
+    """
+
+    name: str
+    names: frozenset[str]
+    piece_of: openai.Piece
+    created: int = field(default_factory=lambda: int(time()))
+
+
+class App:
+    """The ASGI application.
+
+    defaults   sampling where a request says nothing
+    max_body   bytes
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        served: Served,
+        defaults: SamplingParams,
+        origins: access.Origins,
+        gate: Gate,
+        metrics: Metrics,
+        log: Log,
+        max_body: int,
+    ) -> None:
+        self._service = service
+        self._served = served
+        self._defaults = defaults
+        self._origins = origins
+        self._gate = gate
+        self._metrics = metrics
+        self._log = log
+        self._max_body = max_body
+        self._answering = Answering(service, metrics)
+        self._routes = self._table()
+
+    def _table(self) -> dict[str, dict[str, Route]]:
+        table = {path: {"POST": Route(self._get_data, is_work=True)} for path in contract.PATHS}
+        return table | {
+            "/v1/chat/completions": {"POST": Route(self._chat, is_work=True)},
+            "/v1/completions": {"POST": Route(self._completion, is_work=True)},
+            "/v1/models": {"GET": Route(self._models)},
+            "/health": {"GET": Route(self._health, is_open=True)},
+            "/ready": {"GET": Route(self._ready, is_open=True)},
+            "/metrics": {"GET": Route(self._show_metrics, is_open=self._origins.is_loopback)},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http", "started without lifespan and websockets"
+        exchange = Exchange(scope, receive, send)
+        record = Record(exchange.method, exchange.path, trace_id(exchange.headers))
+        call = Call(exchange, record, perf_counter())
+        exchange.extra.append(("x-trace-id", call.trace_id))
+        try:
+            await self._guarded(call)
+        finally:
+            self._note(call)
+
+    async def _guarded(self, call: Call) -> None:
+        """The one door for errors: what is expected is told to the client; a bug is too, and its traceback logged."""
+        try:
+            await self._handle(call)
+        except Failure as error:
+            await self._fail(call, error)
+        except LlamacliError as error:
+            await self._fail(call, failure.of(error))
+        except ClientGone:
+            call.record.status = CLIENT_GONE
+        except Exception as error:
+            self._log.event("bug", "".join(traceback.format_exception(error)).rstrip())
+            message = f"an unexpected error ({type(error).__name__}); the server's log tells more under this trace id"
+            await self._fail(call, Failure(500, message))
+
+    async def _handle(self, call: Call) -> None:
+        exchange = call.exchange
+        self._origins.check(exchange.headers)
+        exchange.extra += self._origins.answer_headers(exchange.headers)
+        if access.is_preflight(exchange.method, exchange.headers):
+            await exchange.respond(204, b"", headers=access.preflight_headers(exchange.headers))
+            return
+        route = self._route(exchange)
+        if not route.is_open:
+            call.entry = self._gate.check(exchange)
+            call.record.key = call.entry.name
+        if route.is_work:
+            self._gate.admit(call.entry)
+        await route.handler(call)
+
+    def _route(self, exchange: Exchange) -> Route:
+        methods = self._routes.get(exchange.path)
+        model_path = exchange.path.startswith("/v1/models/")
+        if methods is None and model_path:
+            methods = {"GET": Route(self._model)}
+        if methods is None:
+            raise Failure(404, f"there is nothing at {exchange.path[:100]}; the Llama 2 API is at POST /v1/getData")
+        route = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+        if route is None:
+            allowed = ", ".join(sorted(methods))
+            raise Failure(
+                405, f"{exchange.path} answers {allowed}, not {exchange.method[:20]}", headers={"allow": allowed}
+            )
+        return route
+
+    async def _fail(self, call: Call, error: Failure) -> None:
+        """Tell the client: by an event in place of the end where its answer has begun already."""
+        exchange = call.exchange
+        call.record.error = error.message
+        body = failure.body(error, exchange.path, call.trace_id)
+        if exchange.status is None:
+            await exchange.respond(error.status, body, headers=error.headers.items())
+        else:
+            call.record.status = error.status
+            await exchange.events(event(body.decode()), last=True)
+
+    def _note(self, call: Call) -> None:
+        record, exchange = call.record, call.exchange
+        record.status = record.status or exchange.status or CLIENT_GONE
+        record.seconds = perf_counter() - call.started
+        is_known = exchange.path in self._routes
+        route = exchange.path if is_known else "other"
+        self._metrics.request(route, record.status, record.prompt_tokens, record.completion_tokens)
+        is_work = is_known and any(each.is_work for each in self._routes[exchange.path].values())
+        self._gate.leave(call.entry, record, is_counted=is_work and exchange.method == "POST")
+        self._log.request(record)
+
+    # -- routes that ask the model --
+
+    async def _get_data(self, call: Call) -> None:
+        request = contract.read(await self._body(call), self._defaults)
+        shape = contract.ContractShape(self._served.name, call.trace_id, request.ignored)
+        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+
+    async def _chat(self, call: Call) -> None:
+        request = openai.read_chat(await self._body(call), self._defaults)
+        self._check_model(request.model)
+        frame = openai.frame("chatcmpl", call.trace_id, self._served.name, self._now())
+        shape = openai.ChatShape(frame, request, self._served.piece_of)
+        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+
+    async def _completion(self, call: Call) -> None:
+        request = openai.read_completion(await self._body(call), self._defaults)
+        self._check_model(request.model)
+        frame = openai.frame("cmpl", call.trace_id, self._served.name, self._now())
+        shape = openai.CompletionShape(frame, request, self._served.piece_of)
+        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+
+    async def _body(self, call: Call) -> bytes:
+        return await call.exchange.body(self._max_body, BODY_SECONDS)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name not in self._served.names:
+            raise Failure(
+                404,
+                f"the model {name[:100]!r} is not served here; this server has {self._served.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _now(self) -> int:
+        return int(time())
+
+    # -- routes that do not --
+
+    async def _models(self, call: Call) -> None:
+        listed = [openai.model_object(self._served.name, self._served.created)]
+        await _send_json(call, 200, {"object": "list", "data": listed})
+
+    async def _model(self, call: Call) -> None:
+        self._check_model(call.exchange.path.removeprefix("/v1/models/"))
+        await _send_json(call, 200, openai.model_object(self._served.name, self._served.created))
+
+    async def _health(self, call: Call) -> None:
+        await _send_json(call, 200, {"status": "ok"})
+
+    async def _ready(self, call: Call) -> None:
+        state = "draining" if self._service.is_draining else self._service.engine.state
+        await _send_json(call, 200 if state == "ready" else 503, {"status": state})
+
+    async def _show_metrics(self, call: Call) -> None:
+        await call.exchange.respond(200, self._metrics.text(), METRICS_TYPE)
+
+
+async def _send_json(call: Call, status: int, value: object) -> None:
+    await call.exchange.respond(status, json.dumps(value, ensure_ascii=False).encode())

@@ -1,0 +1,112 @@
+"""One HTTP request and its answer over ASGI: the body within its limits, an answer at once or as an event stream.
+
+Knows nothing of routes or of what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from llamacli.server.failure import Failure
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+Headers = Iterable[tuple[str, str]]
+
+
+class ClientGone(Exception):
+    """The client has closed the connection, or has read nothing for too long."""
+
+
+class Exchange:
+    """A request, and the answer as far as it has gone.
+
+    headers   names in lower case; of a header sent twice, the last
+    status    None until the answer has begun
+    extra     headers that every answer of this exchange carries
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.scheme: str = scope.get("scheme", "http")
+        self.peer: str = (scope.get("client") or ("local",))[0]
+        self.headers: dict[str, str] = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        self.query_string: str = scope["query_string"].decode("latin-1")
+        self.status: int | None = None
+        self.extra: list[tuple[str, str]] = []
+        self._receive = receive
+        self._send = send
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.query_string, keep_blank_values=True)) if self.query_string else {}
+
+    async def body(self, limit: int, seconds: float) -> bytes:
+        """The whole body. Raises Failure 413 above `limit` bytes, 408 when it takes longer than `seconds`."""
+        declared = self.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise self._too_large(limit)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read(limit)
+        except TimeoutError:
+            raise Failure(
+                408, f"the body did not arrive within {seconds:g} s", headers={"connection": "close"}
+            ) from None
+
+    async def _read(self, limit: int) -> bytes:
+        parts = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise self._too_large(limit)
+            parts.append(part)
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _too_large(self, limit: int) -> Failure:
+        return Failure(413, f"the body is larger than {limit:,} bytes", headers={"connection": "close"})
+
+    async def gone(self) -> None:
+        """Returns when the client has closed the connection. Only after the body has been read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def respond(self, status: int, body: bytes, content_type: str = JSON, headers: Headers = ()) -> None:
+        await self._start(status, [("content-type", content_type), ("content-length", str(len(body))), *headers])
+        await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
+
+    async def start_events(self) -> None:
+        await self._start(200, [("content-type", EVENTS), ("cache-control", "no-cache"), ("x-accel-buffering", "no")])
+
+    async def events(self, data: bytes, *, last: bool = False) -> None:
+        """Send events that are already in their wire form. Waits while the client does not read."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        self.status = status
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (*headers, *self.extra)]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+def event(data: str) -> bytes:
+    """A server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html) of one line."""
+    return f"data: {data}\n\n".encode()
+
+
+DONE = event("[DONE]")
