@@ -18,6 +18,10 @@ FLOORS = [
     ["errors", "__init__"],
     ["config", "machine", "gguf_header", "gguf"],
     ["prompt", "engine.sequence", "engine.detokenizer"],
+    [
+        *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
+        *("schema.grammar", "schema.reading"),
+    ],
     ["models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"],
     [
         "models.hub",
@@ -44,12 +48,13 @@ FLOORS = [
     ["commands.app"],
     ["__main__"],
 ]
-EMPTY = ["models.__init__", "engine.__init__", "server.__init__", "commands.__init__"]
+EMPTY = ["schema.__init__", "models.__init__", "engine.__init__", "server.__init__", "commands.__init__"]
 # A third-party library's only home.
 HOMES = {
     "llama_cpp": ["engine.bindings"],
     "numpy": ["engine.llama"],
     "jinja2": ["prompt"],
+    "jsonschema": ["schema.checking"],
     "platformdirs": ["config"],
     "sqlite3": ["server.ledger"],
     "prometheus_client": ["server.metrics"],
