@@ -152,6 +152,14 @@ class Settings:
     )
     offline: bool = field(default=False, metadata=switch("Never use the network."))
     no_cache: bool = field(default=False, metadata=switch("Neither read nor write computed prefixes on disk."))
+    remote: str | None = field(
+        default=None, metadata=text("The address of a server that `run` asks instead of a model.")
+    )
+    remote_timeout: float = field(
+        default=600.0,
+        metadata=number("Seconds of silence after which a server is given up.", 0, 86400, is_low_allowed=False),
+    )
+    local: bool = field(default=False, metadata=switch("Compute here, whatever server runs."))
     quiet: bool = field(default=False, metadata=switch("Errors only on stderr."))
     verbose: bool = field(default=False, metadata=switch("More on stderr, llama.cpp's own messages included."))
 
@@ -189,6 +197,11 @@ class Directories:
     @property
     def models(self) -> Path:
         return self.data / "models"
+
+    @property
+    def run(self) -> Path:
+        """Where running servers are found. See server/presence.py."""
+        return self.data / "run"
 
 
 _Found = dict[str, tuple[object, Source]]

@@ -220,6 +220,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         "batch": Choice(MAX_BATCH, f"prompts get {STEP_SECONDS:g} s of a step"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
         n_cells=n_cells, n_slots=n_slots, n_batch=MAX_BATCH, threads=threads, threads_batch=threads
     )

@@ -36,11 +36,13 @@ FLOORS = [
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
     ["launch", "diagnosis", "problems"],
-    ["server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
+    ["remote.address", "remote.post", "remote.events", "remote.answer"],
+    ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     ["server.failure", "server.fields", "server.exchange", "server.answer", "server.ask", "server.trace"],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
     ["server.contract", "server.openai", "server.connection", "server.listen", "server.app"],
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
+    ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
         *("commands.run", "commands.models", "commands.serve"),
@@ -48,7 +50,10 @@ FLOORS = [
     ["commands.app"],
     ["__main__"],
 ]
-EMPTY = ["schema.__init__", "models.__init__", "engine.__init__", "server.__init__", "commands.__init__"]
+EMPTY = [
+    *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
+    "commands.__init__",
+]
 # A third-party library's only home.
 HOMES = {
     "llama_cpp": ["engine.bindings"],

@@ -199,6 +199,16 @@ def run(
     show_prompt: Annotated[
         bool, typer.Option("--show-prompt", help="Show the prompt's text and ids on stderr.")
     ] = False,
+    remote: Annotated[str | None, typer.Option(metavar="URL", help="Ask this server instead of a model here.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="The key for that server; better in LLAMACLI_API_KEY, where ps does not show it.")
+    ] = None,
+    remote_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long that server may say nothing. [600]")
+    ] = None,
+    local: Annotated[
+        bool | None, typer.Option("--local", help="Compute here, even if a server has the model loaded.")
+    ] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     no_cache: Annotated[
         bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")
@@ -209,16 +219,18 @@ def run(
     """Answer one prompt: an argument, a text on stdin, or both."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
     from llamacli.commands import run as command
+    from llamacli.commands.question import RunOptions
 
-    options = command.RunOptions(
+    options = RunOptions(
         prompt=prompt,
         stop=tuple(stop or ()),
         raw=raw,
         as_json=as_json,
         stream=not no_stream,
         show_prompt=show_prompt,
+        api_key=api_key,
     )
-    return command.run(resolved(flags).settings, options, directories(os.environ), started=_State.started)
+    return command.run(resolved(flags), options, directories(os.environ), started=_State.started)
 
 
 @app.command(epilog="Example: llamacli config")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llamacli import machine
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Settings
 from llamacli.errors import ModelError
@@ -59,6 +58,8 @@ def download(reference: Reference, places: Places, notes: Notes, notices: Notice
 
 
 def _warn_of_memory(name: str, total: int, notices: Notices) -> None:
+    from llamacli import machine
+
     needed, usable = total + BESIDE_WEIGHTS, machine.memory().usable
     if needed > usable:
         notices.say(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from llamacli.engine.supervisor import EngineProcess
 from llamacli.errors import UsageError
 from llamacli.launch import ServeOptions
 from llamacli.models.notes import Notes
-from llamacli.server import listen
+from llamacli.models.store import ModelFile
+from llamacli.server import listen, presence
 from llamacli.server.access import Origins
 from llamacli.server.accounts import Accounts
 from llamacli.server.app import App, Served
@@ -27,6 +30,7 @@ from llamacli.server.gate import Gate
 from llamacli.server.ledger import FILENAME
 from llamacli.server.log import Log
 from llamacli.server.metrics import Metrics
+from llamacli.server.presence import FileState
 from llamacli.server.service import Service
 
 
@@ -79,16 +83,39 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     recipe = launching.serving(settings, file, places.cache, options)
     bound = listen.bind_unix(wishes.uds) if wishes.uds else listen.bind(wishes.host, wishes.port)
     accounts = _accounts(wishes, places, log)
+    own = _bind_own(places, file, log)
     engine = EngineProcess(recipe, notice=lambda line: log.event("notice", line))
     loop_factory = _loop_factory()
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_Server(settings, wishes, bound, accounts, engine, log).run())
+            return runner.run(_Server(settings, wishes, bound, own, accounts, engine, log).run())
     finally:
         if accounts is not None:
             accounts.close()
         if wishes.uds:
             wishes.uds.unlink(missing_ok=True)
+        if own:
+            own.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """The socket by which `run` of the same user finds this server. `states` of the model's files, before they load."""
+
+    path: Path
+    bound: socket.socket
+    states: tuple[FileState, ...]
+
+
+def _bind_own(places: Directories, file: ModelFile, log: Log) -> _Own | None:
+    """None where there is no place for it: then `run` loads the model itself."""
+    try:
+        states = presence.states_of(file.files)
+        path = presence.prepare(places.run)
+        return _Own(path, listen.bind_unix(path), states)
+    except (OSError, UsageError) as error:
+        log.event("notice", f"llamacli run will not find this server by itself: {error}")
+        return None
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -121,12 +148,15 @@ class _Server:
         settings: Settings,
         wishes: Wishes,
         bound: socket.socket,
+        own: _Own | None,
         accounts: Accounts | None,
         engine: EngineProcess,
         log: Log,
     ) -> None:
+        self._settings = settings
         self._wishes = wishes
         self._bound = bound
+        self._own = own
         self._engine = engine
         self._log = log
         self._name = settings.model
@@ -142,6 +172,7 @@ class _Server:
             metrics=Metrics(lambda: engine.stats),
             log=log,
             max_body=wishes.max_body,
+            own_socket=str(own.path) if own else None,
         )
         self._http = listen.Http(app)
 
@@ -149,17 +180,21 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        serving = asyncio.ensure_future(self._http.serve(sockets=[self._bound]))
+        serving = asyncio.ensure_future(
+            self._http.serve(sockets=[self._bound, *([self._own.bound] if self._own else [])])
+        )
         starting = asyncio.ensure_future(self._engine.start())
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()  # raises what the loading raised
+                self._announce()
                 self._log.event("ready", self._ready_line())
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
         finally:
+            self._withdraw()
             starting.cancel()
             stopping.cancel()
             self._http.should_exit = True
@@ -177,7 +212,36 @@ class _Server:
         if self._is_urgent:
             self._service.hurry()
 
+    def _announce(self) -> None:
+        facts = self._engine.facts
+        if self._own is None or facts is None:
+            return
+        settings = self._settings
+        with suppress(OSError):
+            presence.announce(
+                presence.Presence(
+                    pid=os.getpid(),
+                    host=presence.this_machine(),
+                    socket=str(self._own.path),
+                    files=self._own.states,
+                    name=self._name,
+                    format=facts.format,
+                    n_limit=facts.n_limit,
+                    is_whole=settings.ctx_size is None and "context_limit" not in facts.choices,
+                    max_tokens=settings.max_tokens,
+                    gpu_layers=settings.gpu_layers,
+                    threads=settings.threads,
+                    device=facts.device,
+                    choices=facts.choices,
+                )
+            )
+
+    def _withdraw(self) -> None:
+        if self._own is not None:
+            presence.withdraw(self._own.path)
+
     async def _drain(self) -> None:
+        self._withdraw()
         n_open = self._service.n_open
         if n_open:
             self._log.event("draining", f"finishing {n_open} answers; a second signal stops at once")

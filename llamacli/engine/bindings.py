@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 from collections import deque
 from functools import cache
@@ -51,6 +52,9 @@ _CONTEXT_DEFAULTS = {
 
 _INFO, _WARN, _ERROR, _CONT = 2, 3, 4, 5  # ggml.h: enum ggml_log_level
 
+# Names of the CPU's extra buffer types (ggml-cpu: repack.cpp, amx.cpp, kleidiai.cpp), as the loader lists them.
+_REWRITTEN = re.compile(r"\b(CPU_REPACK|AMX|CPU_KLEIDIAI) model buffer size")
+
 
 class Log:
     """The last lines llama.cpp logged. It is the only place that says why a load failed.
@@ -80,6 +84,10 @@ class Log:
                 _, _, said = line.partition(": ")
                 return (said or line).strip()
         return "llama.cpp gave no reason"
+
+    def rewrote_weights(self) -> bool:
+        """Whether the model loaded last has weights in a buffer where the CPU keeps them in an order of its own."""
+        return any(_REWRITTEN.search(line) for _, line in self.lines)
 
 
 class Bindings:

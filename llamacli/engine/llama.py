@@ -145,6 +145,7 @@ class LlamaWeights:
         self.pointer: int | None = c.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise ModelError(f"{path} cannot be loaded: {self._bindings.log.reason()}")
+        self.is_rewritten = self._bindings.log.rewrote_weights()  # rounds otherwise than the file's own order does
         self.vocabulary = Vocabulary(c.llama_model_get_vocab(self.pointer))
         self.n_ctx_train: int = c.llama_model_n_ctx_train(self.pointer)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from array import array
 from typing import TYPE_CHECKING, Any
 
 from llamacli.engine.bindings import bindings
-from llamacli.engine.sequence import SamplingParams
+from llamacli.engine.sequence import SamplingParams, draw_seed
 from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,11 +24,6 @@ LEAST_PENALTY = 1e-6  # likewise
 MAX_GRAMMAR_BYTES = 1 << 18
 MAX_GRAMMAR_DEPTH = 500
 MAX_REPETITIONS = 2000
-
-
-def draw_seed() -> int:
-    """A seed for a request that brought none."""
-    return int.from_bytes(os.urandom(4), "little") % (2**32 - 1)
 
 
 class LlamaSampler:

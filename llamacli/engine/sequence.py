@@ -5,6 +5,7 @@ Knows nothing of llama.cpp.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ from typing import NamedTuple
 from llamacli.errors import UsageError
 
 MAX_SEED = 2**32 - 2  # 2**32 - 1 means "random" inside llama.cpp
+
+
+def draw_seed() -> int:
+    """A seed for a request that brought none."""
+    return int.from_bytes(os.urandom(4), "little") % (MAX_SEED + 1)
 
 
 class FinishReason(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -17,6 +18,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        local = transport.get_extra_info("sockname")
+        if isinstance(local, str | bytes):  # not every version of uvicorn names a Unix socket in the scope
+            self.server = (os.fsdecode(local), None)
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:

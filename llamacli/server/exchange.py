@@ -29,6 +29,7 @@ class Exchange:
     """A request, and the answer as far as it has gone.
 
     headers   names in lower case; of a header sent twice, the last
+    socket    path of the Unix socket that it came by; None for TCP
     status    None until the answer has begun
     extra     headers that every answer of this exchange carries
     """
@@ -37,6 +38,8 @@ class Exchange:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.scheme: str = scope.get("scheme", "http")
+        host, port = scope.get("server") or ("", 0)
+        self.socket: str | None = host if port is None else None
         self.peer: str = (scope.get("client") or ("local",))[0]
         self.headers: dict[str, str] = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]

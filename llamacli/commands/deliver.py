@@ -1,0 +1,59 @@
+"""Writes an answer to stdout as it comes, wherever it is computed: bare, or as one JSON object at its end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from typing import Protocol
+
+from llamacli.commands import terminal
+from llamacli.commands.terminal import Answer, Notices
+from llamacli.errors import LlamacliError
+
+EXIT_CUT = 3
+
+
+class Source(Protocol):
+    """Where an answer comes from."""
+
+    def pieces(self) -> Iterator[str]:
+        """Its text as it comes, some of it empty. Raises LlamacliError, and may do so after some pieces."""
+
+    def record(self, answer: str) -> dict[str, object]:
+        """Everything about the run, for --json. Only after the last piece."""
+
+    def exit_code(self) -> int:
+        """0, or 3 for an answer that was cut, which is then said. Only after the last piece. Raises LlamacliError."""
+
+
+def say_it_completes(model: str, notices: Notices) -> None:
+    notices.say(f"{model} is a base model: it continues your text instead of answering it")
+
+
+def deliver(source: Source, *, as_json: bool, stream: bool) -> int:
+    """Returns the exit code. What was written when something fails stays, and gets its newline."""
+    answer = Answer()
+    parts: list[str] = []
+    # Until here Ctrl-C has ended the process at once (see __main__.py); from here on there is something to keep.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for piece in source.pieces():
+            parts.append(piece)
+            if stream and not as_json and piece:
+                answer.write(piece)
+    except (KeyboardInterrupt, LlamacliError):
+        if not answer.is_empty:
+            answer.end()
+        raise
+    text = "".join(parts)
+    if as_json:
+        record = json.dumps(source.record(text.rstrip("\n")), ensure_ascii=False) + "\n"
+        # A path that is not UTF-8 comes out in JSON's own escapes.
+        terminal.write_all(terminal.STDOUT, record.encode("utf-8", "backslashreplace"))
+    else:
+        if not stream:
+            answer.write(text)
+        answer.end()
+    return source.exit_code()

@@ -1,0 +1,240 @@
+"""An answer computed here: the engine in a thread of its own, while the main thread waits for its deltas.
+
+So Ctrl-C is heard in the middle of a native call, and the model loads while stdin is still being read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from queue import SimpleQueue
+from time import perf_counter
+
+from llamacli import launch as launching
+from llamacli.commands import terminal
+from llamacli.commands.deliver import EXIT_CUT, say_it_completes
+from llamacli.commands.question import RunOptions, Texts
+from llamacli.commands.terminal import Notices
+from llamacli.engine.sequence import Delta, FinishReason, SamplingParams
+from llamacli.errors import EngineError
+from llamacli.launch import Launch
+from llamacli.models import checksum
+from llamacli.models.notes import Notes
+from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, with_document
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """The prompt is built and the engine is about to read it."""
+
+    fitted: Fitted
+    shown: str
+    load_seconds: float
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way through the engine's thread.
+
+    The main thread puts the texts in when it has them, and takes out a _Started, then deltas; or an exception.
+    """
+
+    launch: Launch
+    params: SamplingParams
+    options: RunOptions
+    notices: Notices
+    notes: Notes
+    texts: SimpleQueue[Texts] = field(default_factory=SimpleQueue)
+    out: SimpleQueue[_Started | Delta | BaseException] = field(default_factory=SimpleQueue)
+
+    def work(self) -> None:
+        """The engine's thread. A daemon: when nobody waits any more it ends with the process."""
+        try:
+            self._generate()
+        except BaseException as error:
+            self.out.put(error)
+
+    def _generate(self) -> None:
+        began = perf_counter()
+        weights = launching.load(self.launch, self.notices.say)
+        load_seconds = perf_counter() - began
+        builder = PromptBuilder(
+            self.launch.header, weights.vocabulary, raw=self.options.raw, known=self.launch.file.format
+        )
+        fitted = _fitted(self.texts.get(), builder, self.launch)
+        prompt = fitted.prompt
+        began = perf_counter()
+        engine = launching.start(self.launch, len(prompt.tokens))
+        load_seconds += perf_counter() - began
+        shown = builder.shown(prompt) if self.options.show_prompt else ""
+        self.out.put(_Started(fitted, shown, load_seconds))
+        for delta in engine.generate(prompt.tokens, self.params, trim=prompt.trim):
+            self.out.put(delta)
+
+    def results(self) -> Iterator[_Started | Delta]:
+        while True:
+            item = self.out.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if isinstance(item, Delta) and item.finish_reason:
+                return
+
+
+@dataclass(slots=True)
+class _Run:
+    """What has come out so far, and when, in seconds since the program began."""
+
+    started: float
+    start: _Started | None = None
+    end: Delta | None = None
+    prefill_began: float = 0.0
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def now(self) -> float:
+        return perf_counter() - self.started
+
+    def note(self, item: _Started | Delta) -> None:
+        if isinstance(item, _Started):
+            self.start, self.prefill_began = item, self.now()
+            return
+        if item.token is not None:
+            self.last_token = self.now()
+            self.first_token = self.first_token or self.last_token
+        if item.finish_reason:
+            self.end = item
+
+
+class Local:
+    """Begins to load at once; the texts may come later."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        params: SamplingParams,
+        options: RunOptions,
+        notices: Notices,
+        notes: Notes,
+        *,
+        started: float,
+    ) -> None:
+        self._job = _Job(launch, params, options, notices, notes)
+        self._progress = _Run(started)
+        threading.Thread(target=self._job.work, name="engine", daemon=True).start()
+
+    def ask(self, texts: Texts) -> None:
+        self._job.texts.put(texts)
+
+    def pieces(self) -> Iterator[str]:
+        for item in self._job.results():
+            self._progress.note(item)
+            if isinstance(item, _Started):
+                _announce(item, self._job)
+            else:
+                yield item.text
+
+    def record(self, answer: str) -> dict[str, object]:
+        return _record(self._job, self._progress, answer)
+
+    def exit_code(self) -> int:
+        assert self._progress.end is not None
+        return _exit_code(self._progress.end, self._job.launch, self._job.notices)
+
+
+def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:
+    """The prompt, cut if it must be and may be: the document where there is one, else the prompt itself."""
+    settings = launch.settings
+
+    def build(text: str) -> Prompt:
+        content = text if texts.document is None else with_document(text, texts.instruction)
+        messages = [Message("user", content)]
+        if settings.system:
+            messages.insert(0, Message("system", settings.system))
+        return builder.build(messages)
+
+    limit = launch.n_limit
+    # An answer of unknown length gets a quarter of the context, a known one what it asked for, half at most.
+    for_answer = min(settings.max_tokens, limit // 2) if settings.max_tokens else limit // 4
+    text = texts.instruction if texts.document is None else texts.document
+    return fit(text, build, builder.tokenizer, room=limit - for_answer, limit=limit, policy=settings.on_overflow)
+
+
+def _exit_code(end: Delta, launch: Launch, notices: Notices) -> int:
+    if end.finish_reason is FinishReason.FAILED:
+        raise EngineError("llama.cpp failed in the middle of the answer; please report this with `llamacli doctor`")
+    if end.finish_reason is FinishReason.CONTEXT:
+        assert end.usage is not None
+        held = end.usage.prompt_tokens + end.usage.completion_tokens
+        less = "" if held >= launch.n_limit else ", which is all that memory allows"
+        notices.say(
+            f"the answer was cut: prompt and answer have filled the context of {held:,} tokens{less}. "
+            "Shorten the input, or ask for less"
+        )
+        return EXIT_CUT
+    return 0
+
+
+def _announce(start: _Started, job: _Job) -> None:
+    """What the user should know before the answer: on stderr."""
+    launch, fitted, notices = job.launch, start.fitted, job.notices
+    if start.shown:
+        ids = " ".join(map(str, fitted.prompt.tokens))
+        terminal.print_block(f"{start.shown}\n{ids}\n")
+    if fitted.prompt.format is Format.COMPLETION:
+        say_it_completes(launch.file.name, notices)
+    if fitted.n_kept < fitted.n_input:
+        notices.say(
+            f"the input is {fitted.n_input:,} tokens; {fitted.n_kept:,} were kept "
+            f"(--on-overflow {launch.settings.on_overflow})"
+        )
+    notices.detail(f"{launch.file.path}: {launch.header.quantization}, {fitted.prompt.format} prompt, {launch.device}")
+    for name, choice in launch.choices.items():
+        notices.detail(f"{name} = {choice.value} ({choice.why})")
+
+
+def _record(job: _Job, progress: _Run, answer: str) -> dict[str, object]:
+    """The object that --json prints."""
+    launch, params, settings = job.launch, job.params, job.launch.settings
+    start, end = progress.start, progress.end
+    assert start is not None and end is not None and end.usage is not None and end.finish_reason is not None
+    fitted = start.fitted
+    timings = _timings(progress, start)  # before the checksum is taken, which may take seconds
+    return {
+        "answer": answer,
+        "finish_reason": end.finish_reason.wire,
+        "usage": asdict(end.usage),
+        "seed": params.seed,
+        "sampling": {
+            name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+        },
+        "model": {
+            "name": launch.file.name,
+            "path": str(launch.file.path.resolve()),
+            "sha256": launch.file.sha256 or checksum.sha256(launch.file.path, job.notes),
+            "revision": launch.file.revision,
+            "template": str(fitted.prompt.format),
+        },
+        "context_size": min(launch.n_limit, launch.max_cells),
+        "device": launch.device,
+        "settings": {name: asdict(choice) for name, choice in launch.choices.items()}
+        | {"on_overflow": settings.on_overflow},
+        "input": {"tokens": fitted.n_input, "kept": fitted.n_kept, "parts": 1},
+        "timings": timings,
+    }
+
+
+def _timings(progress: _Run, start: _Started) -> dict[str, float | None]:
+    """Seconds since the program began, or of one phase."""
+    first, last = progress.first_token, progress.last_token
+    assert progress.end is not None and progress.end.usage is not None
+    n_after_first = progress.end.usage.completion_tokens - 1
+    total = progress.now()
+    return {
+        "load_s": round(start.load_seconds, 4),
+        "prefill_s": round((first or total) - progress.prefill_began, 4),
+        "first_token_s": round(first, 4) if first else None,
+        "decode_tokens_per_s": round(n_after_first / (last - first), 2) if first and last and last > first else None,
+        "total_s": round(total, 4),
+    }

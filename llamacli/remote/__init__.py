@@ -1,0 +1,1 @@
+"""The client's side of a server: asks it, and reads what it says."""
