@@ -174,6 +174,7 @@ def workshop(
 
     usable   bytes of memory; by default as many as the machine has to give
     """
+    from llamacli.engine.embedding import Embedder
     from llamacli.engine.protocol import ModelFacts
     from llamacli.engine.worker import Workshop
 
@@ -198,7 +199,8 @@ def workshop(
     def encode(question: str | list[Message]) -> Prompt:
         return builder.continued(question) if isinstance(question, str) else builder.build(question)
 
-    return Workshop(engine, encode, facts)
+    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=_threads(launch.settings)[0])
+    return Workshop(engine, encode, facts, embedder)
 
 
 def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int) -> Engine:

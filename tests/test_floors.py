@@ -34,13 +34,21 @@ FLOORS = [
     ],
     ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
-    ["engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
+    ["engine.embedding", "engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
     ["launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
-    ["server.failure", "server.fields", "server.exchange", "server.answer", "server.ask", "server.trace"],
+    [
+        "server.failure",
+        "server.fields",
+        "server.exchange",
+        "server.answer",
+        "server.ask",
+        "server.tools",
+        "server.trace",
+    ],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
-    ["server.contract", "server.openai", "server.connection", "server.listen", "server.app"],
+    ["server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen", "server.app"],
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
     ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [
@@ -57,7 +65,7 @@ EMPTY = [
 # A third-party library's only home.
 HOMES = {
     "llama_cpp": ["engine.bindings"],
-    "numpy": ["engine.llama"],
+    "numpy": ["engine.llama", "engine.embedding"],
     "jinja2": ["prompt"],
     "jsonschema": ["schema.checking"],
     "platformdirs": ["config"],

@@ -192,7 +192,7 @@ class LlamaModel:
         self.n_batch = max(options.n_batch, options.n_slots)
         self._abort_flag = ctypes.create_string_buffer(2)
         self._context: int | None = self._create(options.n_cells)
-        self._batch = _Batch(self._c, self.n_batch)
+        self._batch = Batch(self._c, self.n_batch)
         self.piece = weights.vocabulary.piece
         self.is_eog = weights.vocabulary.is_eog
         self._bindings.silence_log()
@@ -311,7 +311,7 @@ class LlamaModel:
             self._context = None
 
 
-class _Batch:
+class Batch:
     """The arrays of a llama_batch, owned by us and filled in place.
 
     One int32 token, position and slot, and one int8 flag for each of `n_rows` rows.
@@ -338,8 +338,11 @@ class _Batch:
         )
         self._flags = memoryview(flags).cast("B")
 
-    def fill(self, chunks: list[Chunk], n_slots: int) -> list[int]:
-        """Lay the chunks out one after the other. Returns the last row of each."""
+    def fill(self, chunks: list[Chunk], n_slots: int, *, all_rows: bool = False) -> list[int]:
+        """Lay the chunks out one after the other. Returns the last row of each.
+
+        all_rows   every row has an output, not just the last one of each sequence
+        """
         rows = []
         row = 0
         for sequence, start, n in chunks:
@@ -359,6 +362,8 @@ class _Batch:
                 self._slots[row:end] = array("i", [slot]) * n
                 self._flags[row:end] = bytes(n)
             self._flags[end - 1] = start + n == len(sequence.tokens)
+            if all_rows:
+                self._flags[row:end] = b"\x01" * n
             rows.append(end - 1)
             row = end
         self.native.n_tokens = row

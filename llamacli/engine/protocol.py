@@ -36,6 +36,7 @@ class Ask:
     PAUSE = 2  # request id
     RESUME = 3  # request id
     ENCODE = 4  # question id, a text or a tuple of (role, content)
+    EMBED = 5  # question id, a list of texts, or of token ids as bytes of array("i"); CANCEL takes it back
 
 
 class Tell:
@@ -46,7 +47,8 @@ class Tell:
     FAILED = 2  # an error's name and message: it will not be ready
     STEP = 3  # packed deltas, {token: bytes} told for the first time, [(request id, error, message)], Load
     ENCODED = 4  # question id, bytes of array("i"), format, trim
-    NOT_ENCODED = 5  # question id, an error's name and message
+    NOT_ENCODED = 5  # question id, an error's name and message: for EMBED too
+    EMBEDDED = 6  # question id, vectors as bytes of float32, number of tokens
 
 
 @dataclass(frozen=True, slots=True)

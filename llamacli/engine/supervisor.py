@@ -139,6 +139,14 @@ class Stats:
     restarts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """vectors: float32 in little endian, each of length 1. n_tokens: of all texts."""
+
+    vectors: list[bytes]
+    n_tokens: int
+
+
 class EngineProcess:
     """An engine in a supervised child process.
 
@@ -170,7 +178,7 @@ class EngineProcess:
         self._backoff = backoff_seconds
         self._life: _Life | None = None
         self._streams: dict[int, Stream] = {}
-        self._questions: dict[int, asyncio.Future[Prompt]] = {}
+        self._questions: dict[int, asyncio.Future[Any]] = {}
         self._last_id = 0
         self._pieces: dict[int, bytes] = {}
         self._load = Load()
@@ -246,6 +254,27 @@ class EngineProcess:
         tokens = prompt if isinstance(prompt, array) else array("i", prompt)
         life.say((Ask.ADD, stream.id, tokens.tobytes(), packed_params(params), trim))
         return stream
+
+    async def embed(self, texts: Sequence[str | Sequence[int]]) -> Embedded:
+        """Vectors of texts, or of token ids. Cancelling it stops the work.
+
+        Raises UsageError or InputTooLong for what cannot be embedded, ResourceError, EngineCrashed.
+        """
+        life = self._ready_life()
+        self._last_id += 1
+        number = self._last_id
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._questions[number] = answer
+        told = [text if isinstance(text, str) else array("i", text).tobytes() for text in texts]
+        life.say((Ask.EMBED, number, told))
+        try:
+            vectors, n_tokens = await answer
+        except asyncio.CancelledError:
+            life.say((Ask.CANCEL, number))
+            raise
+        finally:
+            self._questions.pop(number, None)
+        return Embedded(vectors, n_tokens)
 
     async def stop(self, grace: float) -> None:
         """Let nobody in, wait up to `grace` seconds for the open streams, cancel the others, end the child."""
@@ -363,6 +392,9 @@ class EngineProcess:
         elif tell == Tell.NOT_ENCODED:
             number, name, said = rest
             self._reply(number, error_named(name, said))
+        elif tell == Tell.EMBEDDED:
+            number, vectors, n_tokens = rest
+            self._reply(number, (vectors, n_tokens))
         elif tell == Tell.NOTICE:
             self._notice(rest[0])
 
@@ -392,14 +424,14 @@ class EngineProcess:
                 stream._fail(error_named(name, said))
                 self._close(stream)
 
-    def _reply(self, number: int, answer: Prompt | LlamacliError) -> None:
+    def _reply(self, number: int, answer: object) -> None:
         question = self._questions.get(number)
         if question is None or question.done():
             return
-        if isinstance(answer, Prompt):
-            question.set_result(answer)
-        else:
+        if isinstance(answer, LlamacliError):
             question.set_exception(answer)
+        else:
+            question.set_result(answer)
 
     # -- what streams say --
 

@@ -15,11 +15,13 @@ import socket
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+from llamacli.engine.embedding import Embedder
 from llamacli.engine.engine import Engine
 from llamacli.engine.protocol import (
     Ask,
@@ -31,7 +33,7 @@ from llamacli.engine.protocol import (
     unpacked_params,
 )
 from llamacli.engine.sequence import Delta, Sequence
-from llamacli.errors import InputTooLong, LlamacliError
+from llamacli.errors import InputTooLong, LlamacliError, UsageError
 from llamacli.prompt import LONGEST_PIECE, Message, Prompt
 
 LONG_TEXT = 1 << 14  # characters; from here on tokenizing takes milliseconds, which commands should not wait for
@@ -47,11 +49,23 @@ class Workshop:
     """What a recipe's factory returns.
 
     encode      a text or a conversation to a prompt, called from any thread while the engine works
+    embedder    None where no embeddings are made
     """
 
     engine: Engine
     encode: Callable[[Question], Prompt]
     facts: ModelFacts
+    embedder: Embedder | None = None
+
+
+@dataclass(slots=True)
+class _Embedding:
+    """Texts that are being embedded."""
+
+    number: int
+    steps: Iterator[bytes | None]
+    n_tokens: int
+    vectors: list[bytes] = field(default_factory=list)
 
 
 class Worker:
@@ -62,10 +76,13 @@ class Worker:
         self._engine = workshop.engine
         self._facts = workshop.facts
         self._encode = workshop.encode
+        self._embedder = workshop.embedder
+        self._embeddings: deque[_Embedding] = deque()  # the first one is being computed
         self._inbox: SimpleQueue[list[Command]] = SimpleQueue()
         self._long_texts: SimpleQueue[Command] = SimpleQueue()
         self._sequences: dict[int, Sequence] = {}  # by request id
         self._requests: dict[int, int] = {}  # sequence id → request id
+        self._awaited: set[int] = set()  # embeddings that somebody waits for
         self._leaving: set[int] = set()  # requests whose cancel has been heard, but not yet obeyed
         self._refusals: list[tuple[int, str, str]] = []
         self._told: set[int] = set()  # tokens whose bytes the other side knows
@@ -77,8 +94,11 @@ class Worker:
         self._channel.send((Tell.READY, asdict(self._facts)))
         engine = self._engine
         while True:
-            self._obey(self._commands(wait=not engine.has_work))
-            self._report(engine.step() if engine.has_work else [])
+            self._obey(self._commands(wait=not engine.has_work and not self._embeddings))
+            if engine.has_work or not self._embeddings:
+                self._report(engine.step() if engine.has_work else [])
+            if self._embeddings:
+                self._embed(self._embeddings[0])
 
     # -- the engine's thread --
 
@@ -94,8 +114,11 @@ class Worker:
             if ask == Ask.ADD:
                 self._add(request, *rest)
                 continue
+            if ask == Ask.EMBED:
+                self._begin_embedding(request, *rest)
+                continue
             sequence = self._sequences.get(request)
-            if sequence is None:  # it has ended meanwhile
+            if sequence is None:  # it has ended meanwhile, or is an embedding
                 continue
             if ask == Ask.CANCEL:
                 self._engine.cancel(sequence)
@@ -113,6 +136,31 @@ class Worker:
             return
         self._sequences[request] = sequence
         self._requests[sequence.id] = request
+
+    def _begin_embedding(self, number: int, texts: list[array[int]]) -> None:
+        assert self._embedder is not None
+        self._embeddings.append(_Embedding(number, self._embedder.vectors(texts), sum(map(len, texts))))
+
+    def _embed(self, wanted: _Embedding) -> None:
+        """One step of an embedding, between the steps of answers."""
+        if wanted.number not in self._awaited:
+            self._embeddings.popleft()
+            return
+        try:
+            vector = next(wanted.steps, b"")
+        except LlamacliError as error:
+            self._channel.send((Tell.NOT_ENCODED, wanted.number, type(error).__name__, str(error)))
+            self._end_embedding(wanted)
+            return
+        if vector:
+            wanted.vectors.append(vector)
+        elif vector is not None:
+            self._channel.send((Tell.EMBEDDED, wanted.number, wanted.vectors, wanted.n_tokens))
+            self._end_embedding(wanted)
+
+    def _end_embedding(self, wanted: _Embedding) -> None:
+        self._embeddings.popleft()
+        self._awaited.discard(wanted.number)
 
     def _forget(self, sequence: Sequence) -> None:
         request = self._requests.pop(sequence.id)
@@ -151,6 +199,11 @@ class Worker:
                     self._answer(question)
                 else:
                     self._long_texts.put(question)
+            for question in [each for each in commands if each[0] == Ask.EMBED]:
+                commands.remove(question)
+                self._awaited.add(question[1])
+                self._long_texts.put(question)
+            self._awaited.difference_update(each[1] for each in commands if each[0] == Ask.CANCEL)
             if commands:
                 cancelled = {each[1] for each in commands if each[0] == Ask.CANCEL}.intersection(self._sequences)
                 self._leaving |= cancelled
@@ -169,13 +222,28 @@ class Worker:
             self._answer(self._long_texts.get())
 
     def _answer(self, question: Command) -> None:
-        _, number, asked = question
+        ask, number, asked = question
         try:
+            if ask == Ask.EMBED:
+                self._inbox.put([(Ask.EMBED, number, self._tokens_to_embed(asked))])
+                return
             prompt = self._encoded(asked)
         except LlamacliError as error:
             self._channel.send((Tell.NOT_ENCODED, number, type(error).__name__, str(error)))
         else:
             self._channel.send((Tell.ENCODED, number, prompt.tokens.tobytes(), str(prompt.format), prompt.trim))
+
+    def _tokens_to_embed(self, texts: list[str | bytes]) -> list[array[int]]:
+        """Raises UsageError or InputTooLong."""
+        if self._embedder is None:
+            raise UsageError("this server makes no embeddings")
+        limit = self._embedder.limit
+        for i, text in enumerate(texts):
+            if len(text) > limit * LONGEST_PIECE:
+                raise InputTooLong(f"input {i} is far longer than the {limit:,} tokens an embedding is made of")
+        tokens = [self._encode(text).tokens if isinstance(text, str) else array("i", text) for text in texts]
+        self._embedder.check(tokens)
+        return tokens
 
     def _encoded(self, asked: str | list[tuple[str, str]]) -> Prompt:
         """Raises InputTooLong for what leaves no room for an answer, far too long texts before they are tokenized."""

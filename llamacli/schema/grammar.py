@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from functools import cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -22,6 +23,8 @@ MAX_DEPTH = 64  # schemas in one another
 MAX_BOUND_DIGITS = 17  # tell all float64 numbers apart
 MAX_MULTIPLES = 1000  # that are written out
 _SPACE = maybe(Text(" "))
+_ANY = ((0x01, 0xD7FF), (0xE000, 0x10FFFF))
+_BEGINS_A_TEXT = ((0x01, 0x1F), (0x21, 0x7A), (0x7C, 0xD7FF), (0xE000, 0x10FFFF))  # neither a space nor a brace
 _COMMA = then(Text(","), _SPACE)
 _COLON = then(Text(":"), _SPACE)
 _MODEL_SPACE = _SPACE  # the token with which a model likes to begin has one before it
@@ -52,9 +55,33 @@ def to_grammar(schema: Schema | bool) -> str:
     return writer.rules.spell(then(_MODEL_SPACE, writer.value(schema, "#")))
 
 
+@cache
 def any_object() -> str:
     """GBNF for JSON objects of every form."""
     return to_grammar({"type": "object"})
+
+
+def to_calls(functions: Mapping[str, Schema], *, required: bool) -> str:
+    """GBNF for {"name": NAME, "arguments": ...} with arguments that satisfy that function's schema.
+
+    required   False: for any text as well, unless it begins as a call does
+
+    Raises UsageError as to_grammar() does.
+    """
+    rules = Rules()
+    calls = []
+    for name, schema in functions.items():
+        try:
+            arguments = _Writer(schema, rules).value(merged({"type": "object"}, schema, "#"), "#")
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+        key = then(Text('{"name":'), _SPACE, Text(spelt(name, name)), _COMMA, Text('"arguments":'), _SPACE)
+        calls.append(then(key, arguments, Text("}")))
+    call = rules.add("call", either(*calls))
+    if required:
+        return rules.spell(then(_MODEL_SPACE, call))
+    words = then(Chars(_BEGINS_A_TEXT), Many(Chars(_ANY), 0, None))
+    return rules.spell(then(_MODEL_SPACE, either(call, words, NOTHING)))
 
 
 def choices(texts: Sequence[str]) -> str:
@@ -68,8 +95,8 @@ def choices(texts: Sequence[str]) -> str:
 class _Writer:
     """Turns the schemas within one document into rules. `where` is always a JSON pointer into the document."""
 
-    def __init__(self, document: Any) -> None:
-        self.rules = Rules()
+    def __init__(self, document: Any, rules: Rules | None = None) -> None:
+        self.rules = rules or Rules()
         self._document = document
         self._references: dict[str, Ref] = {}
         self._depth = 0

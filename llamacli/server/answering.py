@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from llamacli.engine.sequence import Delta, FinishReason
+from llamacli.engine.supervisor import Embedded
 from llamacli.errors import EngineError
 from llamacli.server.answer import Shape
 from llamacli.server.ask import Ask
@@ -43,6 +44,22 @@ class Answering:
             with suppress(asyncio.CancelledError):
                 await watcher
             self.service.close(work)
+
+    async def embed(self, exchange: Exchange, record: Record, inputs: Sequence[str | Sequence[int]]) -> Embedded:
+        """Raises Failure or LlamacliError when it cannot be done, ClientGone when nobody waits for it any more."""
+        work = asyncio.ensure_future(self.service.embed(inputs))
+        watcher = asyncio.ensure_future(exchange.gone())
+        try:
+            await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientGone
+            record.prompt_tokens = work.result().n_tokens
+            return work.result()
+        finally:
+            for task in (work, watcher):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
 
     async def _whole(self, exchange: Exchange, work: Work, shape: Shape, started: float) -> None:
         clock = _Clock(self.metrics, started)

@@ -10,7 +10,7 @@ from time import perf_counter, time
 
 from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import LlamacliError
-from llamacli.server import access, contract, failure, openai
+from llamacli.server import access, contract, embeddings, failure, openai
 from llamacli.server.answering import Answering
 from llamacli.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from llamacli.server.failure import Failure
@@ -105,6 +105,7 @@ class App:
         return table | {
             "/v1/chat/completions": {"POST": Route(self._chat, is_work=True)},
             "/v1/completions": {"POST": Route(self._completion, is_work=True)},
+            "/v1/embeddings": {"POST": Route(self._embeddings, is_work=True)},
             "/v1/models": {"GET": Route(self._models)},
             "/health": {"GET": Route(self._health, is_open=True)},
             "/ready": {"GET": Route(self._ready, is_open=True)},
@@ -211,6 +212,12 @@ class App:
         frame = openai.frame("cmpl", call.trace_id, self._served.name, self._now())
         shape = openai.CompletionShape(frame, request, self._served.piece_of)
         await self._answering.answer(call.exchange, call.record, request.ask, shape)
+
+    async def _embeddings(self, call: Call) -> None:
+        request = embeddings.read(await self._body(call))
+        self._check_model(request.model)
+        made = await self._answering.embed(call.exchange, call.record, request.inputs)
+        await call.exchange.respond(200, embeddings.body(request, made.vectors, made.n_tokens, self._served.name))
 
     async def _body(self, call: Call) -> bytes:
         return await call.exchange.body(self._max_body, BODY_SECONDS)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from llamacli.engine.sequence import MAX_SEED, SamplingParams
+from llamacli.errors import UsageError
 from llamacli.prompt import Message
+from llamacli.schema import grammar
 from llamacli.server.failure import Failure
 from llamacli.server.fields import Fields
 
 MAX_STOPS = 16
 MAX_TOP_K = 2**31 - 1
-
-# A JSON object without white space, in which a sampler could lose itself.
-JSON_OBJECT = r"""
-root ::= object
-object ::= "{" (pair ("," pair)*)? "}"
-pair ::= string ":" value
-value ::= object | "[" (value ("," value)*)? "]" | string | number | "true" | "false" | "null"
-string ::= "\"" ([^"\\\x00-\x1f\x7f] | "\\" ["\\/bfnrt])* "\""
-number ::= "-"? ("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?
-"""
+MAX_KEPT = 256  # grammars of schemas that clients send again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +77,31 @@ def response_grammar(wanted: Fields | None) -> str | None:
         return None
     kind = wanted.choice("type", "text", "json_object", "json_schema")
     if kind is None:
-        wanted.refuse("type", "text or json_object")
-    if kind == "json_schema":
-        raise Failure(400, "response_format json_schema is not supported; json_object is", param="response_format")
-    return JSON_OBJECT if kind == "json_object" else None
+        wanted.refuse("type", "text, json_object or json_schema")
+    if kind == "json_object":
+        return grammar.any_object()
+    if kind == "text":
+        return None
+    described = wanted.object("json_schema")
+    if described is None:
+        wanted.refuse("json_schema", "an object with the schema")
+    return _grammar_of(described)
+
+
+def _grammar_of(described: Fields) -> str:
+    """Raises Failure 400 naming what is not supported of the schema."""
+    found = described.take("schema")
+    if not isinstance(found, Mapping):
+        described.refuse("schema", "a JSON schema")
+    described.know(["name", "description", "strict"])
+    described.refuse_unknown()
+    try:
+        return _compiled(json.dumps(found))
+    except UsageError as error:
+        where = described.name("schema")
+        raise Failure(400, f"{where}: {error}", param=where) from None
+
+
+@lru_cache(MAX_KEPT)
+def _compiled(schema: str) -> str:
+    return grammar.to_grammar(json.loads(schema))

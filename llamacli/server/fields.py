@@ -76,6 +76,12 @@ class Fields:
         shown = json.dumps(value)[:MAX_SHOWN] if isinstance(value, str | int | float) else kind_of(value)
         raise Failure(400, f"{self.name(name)} must be {what}, not {shown}", param=self.name(name))
 
+    def refuse_unknown(self) -> None:
+        """Raise Failure 400 if there are fields that nobody asked for."""
+        names = [self.name(name) for name in self.unknown if self.has(name)]
+        if names:
+            raise Failure(400, f"not supported: {', '.join(names)[:500]}. Leave it out", param=names[0][:100])
+
     def know(self, names: Iterable[str]) -> None:
         """Accept fields that have no effect."""
         self._known.update(names)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llamacli.engine.sequence import Alternative, Delta, Logprobs, SamplingParams
+from llamacli.engine.sequence import Alternative, Delta, FinishReason, Logprobs, SamplingParams
 from llamacli.prompt import Message
+from llamacli.server import tools
 from llamacli.server.answer import Answer, total, wire
 from llamacli.server.ask import Ask, Conversation, Source, Text, Tokens, sampling
 from llamacli.server.exchange import DONE, event
@@ -42,21 +43,29 @@ class Request:
     ask: Ask
     model: str | None
     include_usage: bool
+    tools: tools.Tools | None = None
 
 
 def read_chat(raw: bytes, defaults: SamplingParams) -> Request:
     """A body of /v1/chat/completions. Raises Failure 400."""
     fields = parse(raw)
-    messages = _messages(fields)
+    callable_tools = tools.read(fields)
+    messages = _messages(fields, callable_tools)
     params = _params(fields, defaults)
     logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 20)
     if top is not None and not logprobs:
         raise Failure(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     if logprobs:
         params = replace(params, logprobs=top or 0)
+    if callable_tools:
+        if params.grammar is not None:
+            raise Failure(400, "response_format and tools contradict each other: leave one out", param="tools")
+        if logprobs:
+            raise Failure(400, "logprobs and tools cannot be combined: leave one out", param="logprobs")
+        params = replace(params, grammar=callable_tools.grammar)
     if fields.take("modalities") not in (None, ["text"]):
         raise Failure(400, 'modalities must be ["text"]: this model only writes', param="modalities")
-    return _request(fields, (Conversation(messages),), params)
+    return _request(fields, (Conversation(messages),), params, callable_tools)
 
 
 def read_completion(raw: bytes, defaults: SamplingParams) -> Request:
@@ -73,10 +82,12 @@ def read_completion(raw: bytes, defaults: SamplingParams) -> Request:
         raise Failure(400, "suffix is not supported: this model does not fill gaps", param="suffix")
     if fields.integer("best_of", 1, MAX_N) not in (None, 1):
         raise Failure(400, "best_of is not supported: ask for n answers and choose", param="best_of")
-    return _request(fields, sources, params)
+    return _request(fields, sources, params, None)
 
 
-def _request(fields: Fields, sources: tuple[Source, ...], params: SamplingParams) -> Request:
+def _request(
+    fields: Fields, sources: tuple[Source, ...], params: SamplingParams, callable_tools: tools.Tools | None
+) -> Request:
     """The fields that both routes share, and the refusal of all that are left."""
     n = fields.integer("n", 1, MAX_N) or 1
     if n * len(sources) > MAX_ANSWERS:
@@ -88,17 +99,11 @@ def _request(fields: Fields, sources: tuple[Source, ...], params: SamplingParams
     include_usage = bool(options and options.flag("include_usage"))
     if options is not None:
         options.know(["include_obfuscation"])
-        _refuse_unknown(options)
+        options.refuse_unknown()
     model = fields.text("model")
     fields.know(WITHOUT_EFFECT)
-    _refuse_unknown(fields)
-    return Request(Ask(sources=sources, params=params, n=n, stream=stream), model, include_usage)
-
-
-def _refuse_unknown(fields: Fields) -> None:
-    names = [fields.name(name) for name in fields.unknown if fields.has(name)]
-    if names:
-        raise Failure(400, f"not supported: {', '.join(names)[:500]}. Leave it out", param=names[0][:100])
+    fields.refuse_unknown()
+    return Request(Ask(sources=sources, params=params, n=n, stream=stream), model, include_usage, callable_tools)
 
 
 def _params(fields: Fields, defaults: SamplingParams) -> SamplingParams:
@@ -159,7 +164,7 @@ def _is_token(value: object) -> bool:
 # -- messages ---------------------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields) -> tuple[Message, ...]:
+def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Message, ...]:
     """The conversation as Llama 2 knows it: one system prompt at most, then user and assistant in turn.
 
     Messages of one side that follow one another are joined by an empty line, as are system prompts.
@@ -167,7 +172,7 @@ def _messages(fields: Fields) -> tuple[Message, ...]:
     given = fields.objects("messages")
     if not given:
         fields.refuse("messages", "an array with at least one message")
-    systems: list[str] = []
+    systems = [callable_tools.system_prompt()] if callable_tools else []
     turns: list[Message] = []
     for each in given:
         message = _message(each)
@@ -178,7 +183,7 @@ def _messages(fields: Fields) -> tuple[Message, ...]:
         else:
             turns.append(message)
     if not turns or turns[-1].role != "user":
-        raise Failure(400, "the last message must be the user's", param="messages")
+        raise Failure(400, "the last message must be the user's (or a tool's)", param="messages")
     if turns[0].role != "user":
         raise Failure(400, "the first message after the system prompt must be the user's", param="messages")
     system = "\n\n".join(text for text in systems if text)
@@ -186,22 +191,31 @@ def _messages(fields: Fields) -> tuple[Message, ...]:
 
 
 def _message(fields: Fields) -> Message:
-    role = fields.choice("role", "system", "developer", "user", "assistant")
+    role = fields.choice("role", "system", "developer", "user", "assistant", "tool")
     if role is None:
-        fields.refuse("role", "system, developer, user or assistant")
+        fields.refuse("role", "system, developer, user, assistant or tool")
     fields.know(["name", "refusal", "annotations", "audio"])
-    content = _content(fields)
-    _refuse_unknown(fields)
+    calls = _earlier_calls(fields) if role == "assistant" else []
+    content = _content(fields, is_optional=bool(calls))
+    if role == "tool":
+        fields.know(["tool_call_id"])
+        content = f"The function returned: {content}"
+    if calls:
+        content = "\n".join(part for part in (content, tools.spoken(calls)) if part)
+    fields.refuse_unknown()
     if role == "user" and not content.strip():
         raise Failure(400, f"{fields.name('content')} is empty", param=fields.name("content"))
-    return Message("system" if role == "developer" else role, content)
+    names = {"developer": "system", "tool": "user"}
+    return Message(names.get(role, role), content)
 
 
-def _content(fields: Fields) -> str:
+def _content(fields: Fields, *, is_optional: bool) -> str:
     """A string, or parts of type text."""
     value = fields.take("content")
     if isinstance(value, str):
         return value
+    if value is None and is_optional:
+        return ""
     if not isinstance(value, list):
         fields.refuse("content", "a string or an array of parts")
     texts = []
@@ -214,6 +228,18 @@ def _content(fields: Fields) -> str:
             part.refuse("text", "a string")
         texts.append(text)
     return "".join(texts)
+
+
+def _earlier_calls(fields: Fields) -> list[tools.Call]:
+    calls = []
+    for each in fields.objects("tool_calls") or []:
+        function = each.object("function")
+        name = function.text("name") if function else None
+        arguments = function.text("arguments") if function else None
+        if name is None or arguments is None:
+            raise Failure(400, f"{each.name('function')} must have a name and arguments", param=each.name("function"))
+        calls.append(tools.Call(name, arguments))
+    return calls
 
 
 # -- answers ----------------------------------------------------------------------------------------------------
@@ -239,6 +265,7 @@ class ChatShape:
     frame: _Frame
     request: Request
     piece_of: Piece
+    _readers: dict[int, tools.CallReader] = field(default_factory=dict)
 
     def whole(self, answers: Sequence[Answer]) -> bytes:
         choices = [
@@ -249,10 +276,16 @@ class ChatShape:
         return self.frame.dump("chat.completion", choices, usage=usage_of(answers, self.request.ask.n)).encode()
 
     def _message(self, answer: Answer) -> dict[str, Any]:
+        call = None
+        if self.request.tools:
+            call = tools.call_in(answer.text, is_cut=answer.finish_reason is not FinishReason.STOP)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if call:
+            message |= {"content": None, "tool_calls": [_call_object(self._call_id(answer), call)]}
         return {
             "index": answer.index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "finish_reason": wire(answer.finish_reason),
+            "message": message,
+            "finish_reason": _chat_reason(answer.finish_reason, is_call=call is not None),
         }
 
     def opening(self) -> bytes:
@@ -262,9 +295,15 @@ class ChatShape:
     def piece(self, answer: Answer, deltas: Sequence[Delta]) -> bytes:
         text = "".join(delta.text for delta in deltas)
         logprobs = [delta.logprobs for delta in deltas if delta.logprobs] if self._wants_logprobs else []
-        events = self._chunk(answer.index, {"content": text}, logprobs) if text or logprobs else b""
+        events = b""
+        is_call = False
+        if self.request.tools:
+            events, is_call = self._call_pieces(answer, text)
+        elif text or logprobs:
+            events = self._chunk(answer.index, {"content": text}, logprobs)
         if answer.finish_reason is not None:
-            events += self._chunk(answer.index, {}, reason=wire(answer.finish_reason))
+            reason = _chat_reason(answer.finish_reason, is_call=is_call)
+            events += self._chunk(answer.index, {}, reason=reason)
         return events
 
     def closing(self, answers: Sequence[Answer]) -> bytes:
@@ -275,6 +314,23 @@ class ChatShape:
     @property
     def _wants_logprobs(self) -> bool:
         return self.request.ask.params.logprobs is not None
+
+    def _call_pieces(self, answer: Answer, text: str) -> tuple[bytes, bool]:
+        reader = self._readers.setdefault(answer.index, tools.CallReader())
+        was_named = reader.name is not None
+        ended = answer.finish_reason is not None
+        content, arguments = reader.feed(text, ended=ended, is_cut=answer.finish_reason is not FinishReason.STOP)
+        events = self._chunk(answer.index, {"content": content}) if content else b""
+        if reader.name is not None and not was_named:
+            call = _call_object(self._call_id(answer), tools.Call(reader.name, ""))
+            events += self._chunk(answer.index, {"tool_calls": [{"index": 0} | call]})
+        if arguments:
+            change = {"index": 0, "function": {"arguments": arguments}}
+            events += self._chunk(answer.index, {"tool_calls": [change]})
+        return events, reader.name is not None
+
+    def _call_id(self, answer: Answer) -> str:
+        return f"call_{self.frame.id.rpartition('-')[2]}_{answer.index}"
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Sequence[Logprobs] = (), *, reason: str | None = None
@@ -356,6 +412,15 @@ def usage_of(answers: Sequence[Answer], n: int) -> dict[str, Any]:
         "total_tokens": used.prompt_tokens + used.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
     }
+
+
+def _call_object(call_id: str, call: tools.Call) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _chat_reason(reason: FinishReason | None, *, is_call: bool) -> str | None:
+    said = wire(reason)
+    return "tool_calls" if is_call and said == "stop" else said
 
 
 def _shown(piece: bytes) -> str:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llamacli.engine.sequence import MAX_SEED, Delta, SamplingParams
-from llamacli.engine.supervisor import EngineProcess, Stream
+from llamacli.engine.supervisor import Embedded, EngineProcess, Stream
 from llamacli.prompt import Format, Prompt
 from llamacli.server.answer import Answer
 from llamacli.server.ask import Ask, Conversation, Source, Text
@@ -115,6 +115,15 @@ class Service:
         if isinstance(source, Text):
             return await self.engine.encode(source.text)
         return Prompt(array("i", source.tokens), Format.COMPLETION)
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embedded:
+        """Raises Failure or LlamacliError. Cancelling it stops the work."""
+        self._admit(1)
+        self.n_open += 1
+        try:
+            return await self.engine.embed(inputs)
+        finally:
+            self._leave(1, ())
 
     def close(self, work: Work) -> None:
         """The request is over, whole or not."""
