@@ -8,12 +8,17 @@ from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.sequence import Chunk, Sequence
 
 MIN_CHUNK = 32  # smaller chunks read the weights too often for what they compute
+TILE = 16  # rows that a CPU's matrix kernels compute together: a batch of 20 takes as long as one of 32
+UNHURRIED = 4  # times as long may a step take while no stream waits for it
 MIN_SHARED = 32  # a prefix shorter than this is not worth waiting for
 RESERVE = 32  # cells held back for each running sequence when another one is let in
 
 
 class Scheduler:
     """First come, first served; decode rows first, then prompt chunks with the room that is left.
+
+    Of that room the oldest prompt gets half, and the rest goes to those that need least: a short prompt behind long
+    ones is answered soon, and of several that come together the first need not wait for the last.
 
     n_batch       rows of a batch at most
     step_seconds  how long the prefill part of one step may take, so that no stream stalls behind a long
@@ -133,26 +138,36 @@ class Scheduler:
         if not prefilling:
             return []
         n_decoding = len(self.running) - len(prefilling)
-        budget = min(n_rows, self._prefill_budget())
+        budget = min(n_rows, self._prefill_budget(n_decoding))
         wanted = sum(s.n_pending for s in prefilling)
         self.kv.make_room(min(budget, wanted) + n_decoding)
         budget = min(budget, self.kv.cells.n_free - n_decoding)
-        chunks = []
-        for i, sequence in enumerate(prefilling):
-            share = -(-budget // (len(prefilling) - i))  # equal parts; what one does not need is left to the next
-            n = min(sequence.n_pending, share, self._chunk_cap)
-            if n > 0:
-                chunks.append(Chunk(sequence, sequence.n_computed, n))
-                budget -= n
-        return chunks
+        return [
+            Chunk(sequence, sequence.n_computed, n)
+            for sequence, n in zip(prefilling, self._shares(prefilling, budget), strict=True)
+            if n > 0
+        ]
 
-    def _prefill_budget(self) -> int:
-        """Prompt tokens that fit into the time of one step."""
+    def _shares(self, prefilling: list[Sequence], budget: int) -> list[int]:
+        """How many rows each prompt gets. They come in order of arrival."""
+        wishes = [min(sequence.n_pending, self._chunk_cap) for sequence in prefilling]
+        shares = [0] * len(wishes)
+        shares[0] = min(wishes[0], -(-budget // 2))
+        budget -= shares[0]
+        for i in sorted(range(len(wishes)), key=lambda i: prefilling[i].n_pending):
+            more = min(wishes[i] - shares[i], budget)
+            shares[i] += more
+            budget -= more
+        return shares
+
+    def _prefill_budget(self, n_decoding: int) -> int:
+        """Prompt tokens that fit into the time of one step, and what fills its last tile."""
         if self._step_seconds is None:
             return self._n_batch
-        if not self._prefill_rate:
-            return 4 * MIN_CHUNK
-        return max(MIN_CHUNK, int(self._prefill_rate * self._step_seconds))
+        seconds = self._step_seconds if n_decoding else UNHURRIED * self._step_seconds
+        n = int(self._prefill_rate * seconds) if self._prefill_rate else 4 * MIN_CHUNK
+        n_rows = n_decoding + max(MIN_CHUNK, n)
+        return -(-n_rows // TILE) * TILE - n_decoding
 
     def _preempt(self) -> bool:
         """Send the youngest running sequence back to wait; what it has computed is given up.

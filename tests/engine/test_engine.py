@@ -10,6 +10,7 @@ from scripted import EOS, ScriptedModel, count_up
 
 from llamacli.engine.engine import Engine
 from llamacli.engine.model import KvFull
+from llamacli.engine.scheduler import TILE
 from llamacli.engine.sequence import Chunk, Delta, FinishReason, SamplingParams, Sequence
 from llamacli.errors import InputTooLong, UsageError
 
@@ -162,6 +163,41 @@ def test_prompts_share_the_batch_with_decoding() -> None:
     assert model.batches[-1] == [(first.id, 3, 1), (second.id, 0, 15)]
 
 
+def test_a_step_with_a_prompt_fills_whole_tiles() -> None:
+    model = ScriptedModel(n_cells=1000, n_slots=4, n_batch=512)
+    engine = Engine(model)
+    for i in range(3):
+        engine.add([3 + i, 4], SamplingParams(max_tokens=20))
+    engine.step()
+    engine.add(list(range(3, 253)) * 2, TEN)
+    engine.step()
+    assert sum(n for _, _, n in model.batches[-1]) % TILE == 0
+
+
+def test_of_prompts_that_come_together_the_first_does_not_wait_for_the_last() -> None:
+    engine = Engine(ScriptedModel(n_cells=1000, n_slots=4, n_batch=64))
+    prompts = [engine.add([i, *range(3, 103)], TEN) for i in range(100, 104)]
+    while not (deltas := engine.step()):
+        pass
+    assert [delta.sequence_id for delta in deltas] == [prompts[0].id]
+    assert sum(prompt.n_computed for prompt in prompts[1:]) < 200
+
+
+def test_a_short_prompt_overtakes_long_ones_and_starves_nobody() -> None:
+    model = ScriptedModel(n_cells=2000, n_slots=3, n_batch=32)
+    engine = Engine(model)
+    long = engine.add(list(range(3, 253)), TEN)
+    engine.add([99, *range(3, 253)], TEN)
+    engine.step()
+    for i in range(10):
+        before = long.n_computed
+        short = engine.add([100 + i, 9, 8], SamplingParams(max_tokens=1))
+        while not any(delta.sequence_id == short.id for delta in engine.step()):
+            pass
+        assert long.n_computed >= before + 14 or not long.n_pending > 1
+    assert not long.n_pending > 1
+
+
 def test_a_shared_prefix_is_computed_once_even_when_all_arrive_together() -> None:
     model = ScriptedModel(n_cells=1000, n_slots=8, n_batch=64)
     engine = Engine(model)
@@ -254,7 +290,7 @@ def test_llama_cpp_finding_no_cells_shrinks_the_work_and_fails_nobody() -> None:
     assert engine.kv.n_cached_slots == 0, "first a kept prefix goes"
     engine.step()
     engine.step()
-    assert max(n for _, _, n in model.batches[-1]) <= 16, "then prompt chunks are halved"
+    assert max(n for _, _, n in model.batches[-1]) == 20, "then prompt chunks are halved: 40 rows were wanted"
     while second.slot is not None:
         model.faults.append(KvFull())
         engine.step()
