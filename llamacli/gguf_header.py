@@ -175,6 +175,11 @@ class Header:
         if isinstance(file_type, int):
             number = file_type & ~_FILE_TYPE_GUESSED
             return (_FILE_TYPES[number] if 0 <= number < len(_FILE_TYPES) else None) or f"file type {file_type}"
+        return self.main_type
+
+    @property
+    def main_type(self) -> str:
+        """The tensor type with most of the bytes: "Q4_K"."""
         held: dict[str, int] = {}
         for tensor in self.tensors:
             held[tensor.type_name] = held.get(tensor.type_name, 0) + tensor.n_bytes

@@ -141,6 +141,17 @@ def test_a_server_repacks_as_it_is_told(repack: bool, tmp_path: Path) -> None:
     assert launch.choices["repack"] == launching.Choice(repack, "as set")
 
 
+@pytest.mark.parametrize(("type_id", "repack"), [(2, True), (8, True), (12, False), (14, False), (23, False)])
+def test_a_server_leaves_weights_as_they_are_where_batches_are_faster_so(
+    type_id: int, repack: bool, tmp_path: Path
+) -> None:
+    launch, notices = prepared(tmp_path)
+    tensors = tuple(tensor._replace(type=type_id) for tensor in launch.header.tensors)
+    launch.header = replace(launch.header, tensors=tensors)
+    serve(launch, ServeOptions(), notices.append, usable=8 * GIB).close()
+    assert launch.choices["repack"].value is repack
+
+
 @pytest.mark.parametrize("slots", [0, 129])
 def test_a_server_takes_as_many_slots_as_llama_cpp_can_hold(slots: int) -> None:
     with pytest.raises(UsageError, match="--slots must be between 1 and 128"):

@@ -279,6 +279,7 @@ def serve(
     gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
     require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
+    repack: Annotated[str, typer.Option(metavar="auto|on|off", help="Rewrite the weights for this CPU.")] = "auto",
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
 ) -> int:
@@ -297,6 +298,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         max_body=max_body,
         grace=grace,
+        repack=repack,
     )
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 

@@ -34,6 +34,9 @@ from llamacli.server.presence import FileState
 from llamacli.server.service import Service
 
 
+_REPACK = {"auto": None, "on": True, "off": False}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What `serve` wants beside the settings.
@@ -43,6 +46,7 @@ class Wishes:
     api_keys   keys beside those of `llamacli keys create`
     max_body   bytes
     grace      seconds for answers that are being written when the server is to end
+    repack     auto, on or off: whether the weights are rewritten for this CPU
     """
 
     host: str = "127.0.0.1"
@@ -55,8 +59,11 @@ class Wishes:
     cors_origins: tuple[str, ...] = ()
     max_body: int = 10 << 20
     grace: float = 30.0
+    repack: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.repack not in _REPACK:
+            raise UsageError(f"--repack must be auto, on or off, not {self.repack}")
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port must be between 0 and 65535, not {self.port}")
         if self.queue < 0:
@@ -77,7 +84,7 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     """Serve until a signal ends it. Returns the exit code. Raises LlamacliError before anything is loaded."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that goes away must not take us along
     log = Log(sys.stderr, as_json=not sys.stderr.isatty(), quiet=settings.quiet)
-    options = ServeOptions(slots=wishes.slots)
+    options = ServeOptions(slots=wishes.slots, repack=_REPACK[wishes.repack])
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
     recipe = launching.serving(settings, file, places.cache, options)
