@@ -56,8 +56,8 @@ def _environment(config_home: str) -> Environment:
 def _until_the_end(n_runs: int, environment: Environment) -> list[Row]:
     commands = {
         PYTHON: [sys.executable, "-c", "pass"],
-        "llamacli --version": [_llamacli(), "--version"],
-        "llamacli --help": [_llamacli(), "--help"],
+        "llamacli --version": [llamacli(), "--version"],
+        "llamacli --help": [llamacli(), "--help"],
     }
     sides = {name: partial(whole_process, command, environment) for name, command in commands.items()}
     times = in_turn(sides, n_runs)
@@ -81,7 +81,7 @@ def _one_liners(given: Inputs) -> dict[str, list[str]]:
     # Without --no-cache the second run would find the first one's work.
     ours = ["-m", given.reference, "-n", N_TOKENS, "--temperature", "0", "--raw", "--no-cache", PROMPT]
     commands = {
-        LLAMACLI: [_llamacli(), *ours],
+        LLAMACLI: [llamacli(), *ours],
         LLAMA: [sys.executable, one_liner.__file__, str(given.path), PROMPT, N_TOKENS],
     }
     if given.tools:
@@ -135,7 +135,7 @@ def _bring_into_page_cache(path: Path) -> None:
             pass
 
 
-def _llamacli() -> str:
+def llamacli() -> str:
     """The program as it was installed beside this Python."""
     path = Path(sysconfig.get_path("scripts"), "llamacli")
     if not path.exists():

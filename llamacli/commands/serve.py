@@ -33,7 +33,6 @@ from llamacli.server.metrics import Metrics
 from llamacli.server.presence import FileState
 from llamacli.server.service import Service
 
-
 _REPACK = {"auto": None, "on": True, "off": False}
 
 

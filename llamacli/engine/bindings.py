@@ -52,6 +52,11 @@ _CONTEXT_DEFAULTS = {
 
 _INFO, _WARN, _ERROR, _CONT = 2, 3, 4, 5  # ggml.h: enum ggml_log_level
 
+# How often GNU's OpenMP looks whether the other threads have come before it lets the kernel wake it: 0.1 to 0.5 ms. By
+# itself it looks for several ms, and where other programs share the cores it so takes the time of the very thread that
+# it waits for: a step then took 5 to 10 times as long. Read when the library is loaded.
+SPINS = "10000"
+
 # Names of the CPU's extra buffer types (ggml-cpu: repack.cpp, amx.cpp, kleidiai.cpp), as the loader lists them.
 _REWRITTEN = re.compile(r"\b(CPU_REPACK|AMX|CPU_KLEIDIAI) model buffer size")
 
@@ -100,6 +105,8 @@ class Bindings:
 
     def __init__(self) -> None:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a native abort starts a debugger
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
         self.c: Any = _import_light()
         _check_abi(self.c)
         self.fast = _fast_handle(self.c)
