@@ -176,6 +176,7 @@ def workshop(
     """
     from llamacli.engine.embedding import Embedder
     from llamacli.engine.protocol import ModelFacts
+    from llamacli.engine.recall import Recall
     from llamacli.engine.worker import Workshop
 
     wanted = ServeOptions(**options)
@@ -183,7 +184,8 @@ def workshop(
     launch = prepare(Settings(**settings), model, notice, Notes(Path(cache)) if cache else None)
     engine = serve(launch, wanted, notice, usable=machine.memory().usable if usable is None else usable)
     assert launch.weights is not None
-    builder = PromptBuilder(launch.header, launch.weights.vocabulary, known=model.format)
+    recall = Recall()
+    builder = PromptBuilder(launch.header, launch.weights.vocabulary, known=model.format, recall=recall)
     facts = ModelFacts(
         name=launch.file.name,
         path=str(launch.file.path),
@@ -200,7 +202,7 @@ def workshop(
         return builder.continued(question) if isinstance(question, str) else builder.build(question)
 
     embedder = Embedder(launch.weights, limit=engine.n_limit, threads=_threads(launch.settings)[0])
-    return Workshop(engine, encode, facts, embedder)
+    return Workshop(engine, encode, facts, embedder, recall)
 
 
 def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int) -> Engine:

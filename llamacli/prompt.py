@@ -12,9 +12,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from time import strftime
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from llamacli.engine.recall import Recall
 from llamacli.errors import InputTooLong, ModelError, UsageError
 from llamacli.gguf import Header
 
@@ -96,10 +98,22 @@ def format_of(header: Header, known: str | None = None) -> Format:
 
 
 class PromptBuilder:
-    """Builds the prompts of one model."""
+    """Builds the prompts of one model.
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, *, raw: bool = False, known: str | None = None) -> None:
+    recall   answers that it has given: in a conversation they stand with the tokens it has written them with
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        tokenizer: Tokenizer,
+        *,
+        raw: bool = False,
+        known: str | None = None,
+        recall: Recall | None = None,
+    ) -> None:
         self._header = header
+        self._recall = recall or Recall()
         self.tokenizer = tokenizer
         self.format = Format.RAW if raw else format_of(header, known)
 
@@ -112,9 +126,9 @@ class PromptBuilder:
         if not messages[-1].content.strip():
             raise UsageError("the prompt is empty")
         if self.format is Format.LLAMA2:
-            return Prompt(llama2_tokens(messages, self.tokenizer), self.format, trim=True)
+            return Prompt(llama2_tokens(messages, self.tokenizer, self._recall), self.format, trim=True)
         if self.format is Format.VICUNA:
-            return Prompt(vicuna_tokens(messages, self.tokenizer), self.format, trim=True)
+            return Prompt(vicuna_tokens(messages, self.tokenizer, self._recall), self.format, trim=True)
         if self.format is Format.TEMPLATE:
             return Prompt(self._rendered(messages), self.format, trim=True)
         return Prompt(self._completed(messages), self.format)
@@ -146,9 +160,32 @@ class PromptBuilder:
         specials = [text for text in self._header.special_tokens() if len(text) > 1]
         pattern = re.compile("|".join(map(re.escape, specials)) or "(?!)")
         safe = [Message(m.role, neutralised(m.content, pattern)) for m in messages]
+        text = self._text_of(safe)
+        tokens, n_told = self._recalled(text, safe, pattern)
+        return self._with_bos(tokens + self.tokenizer.tokenize(text[n_told:], parse_special=True))
+
+    def _text_of(self, messages: Sequence[Message]) -> str:
         name = self.tokenizer.name
-        text = _render(self._header.chat_template or "", safe, name(self.tokenizer.bos), name(self.tokenizer.eos))
-        return self._with_bos(self.tokenizer.tokenize(text, parse_special=True))
+        return _render(self._header.chat_template or "", messages, name(self.tokenizer.bos), name(self.tokenizer.eos))
+
+    def _recalled(self, text: str, messages: Sequence[Message], special: re.Pattern[str]) -> tuple[array[int], int]:
+        """The longest beginning of a rendered conversation that ends with a known answer: its tokens, its characters.
+
+        Only where a control token follows the answer: what follows is then tokenized as it would be in one piece.
+        """
+        tokens, n_told = array("i"), 0
+        for i, message in enumerate(messages):
+            if message.role != "assistant" or not self._recall.knows(message.content):
+                continue
+            before = self._text_of(messages[:i])
+            answer = re.compile(rf"\s*{re.escape(message.content.strip())}\s*").match(text, len(before))
+            if not text.startswith(before) or answer is None or not special.match(text, answer.end()):
+                continue
+            prompt = self._with_bos(tokens + self.tokenizer.tokenize(before[n_told:], parse_special=True))
+            known = self._recall.continued(prompt, message.content)
+            if known is not None:
+                tokens, n_told = known, answer.end()
+        return tokens, n_told
 
     def _with_bos(self, tokens: array[int]) -> array[int]:
         """Exactly one BOS where the vocabulary wants one."""
@@ -157,7 +194,7 @@ class PromptBuilder:
         return tokens
 
 
-def llama2_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> array[int]:
+def llama2_tokens(messages: Sequence[Message], tokenizer: Tokenizer, recall: Recall) -> array[int]:
     """Llama 2 chat: `<s>[INST] user [/INST] answer </s>` for every turn, the last one open.
 
     A system prompt stands inside the first user text. Tags in the content are ordinary text to the
@@ -174,18 +211,18 @@ def llama2_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> array[in
         if i == 0:
             user = system + user
         text = f"[INST] {user.strip()} [/INST]"
-        if i + 1 < len(messages):
-            answer = neutralised(messages[i + 1].content, _LLAMA2_TAG)
-            turn = tokenizer.tokenize(f"{text} {answer.strip()} ")
-            turn.append(tokenizer.eos)
-        else:
-            turn = tokenizer.tokenize(text)
         tokens.append(tokenizer.bos)
-        tokens.extend(turn)
+        if i + 1 == len(messages):
+            tokens.extend(tokenizer.tokenize(text))
+        else:
+            answer = neutralised(messages[i + 1].content, _LLAMA2_TAG)
+            known = recall.continued(tokens + tokenizer.tokenize(text), answer) if recall.knows(answer) else None
+            tokens = known or tokens + tokenizer.tokenize(f"{text} {answer.strip()} ")
+            tokens.append(tokenizer.eos)
     return tokens
 
 
-def vicuna_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> array[int]:
+def vicuna_tokens(messages: Sequence[Message], tokenizer: Tokenizer, recall: Recall) -> array[int]:
     """Vicuna 1.1: a system prompt, then `USER: user ASSISTANT: answer</s>` for every turn, the last one open."""
     system = _VICUNA_SYSTEM
     if messages[0].role == "system":
@@ -197,7 +234,8 @@ def vicuna_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> array[in
         if message.role == "user":
             text += f"USER: {content} ASSISTANT:"
         else:
-            tokens.extend(tokenizer.tokenize(f"{text} {content}"))
+            known = recall.continued(tokens + tokenizer.tokenize(text), content) if recall.knows(content) else None
+            tokens = known or tokens + tokenizer.tokenize(f"{text} {content}")
             tokens.append(tokenizer.eos)
             text = ""
     tokens.extend(tokenizer.tokenize(text))
@@ -221,6 +259,24 @@ def _check_roles(messages: Sequence[Message]) -> None:
 
 def _render(template: str, messages: Sequence[Message], bos: str, eos: str) -> str:
     """A Hugging Face chat template over these messages, in Jinja's sandbox: the template is somebody's download."""
+    try:
+        text: str = _compiled(template).render(
+            messages=[m._asdict() for m in messages], bos_token=bos, eos_token=eos, add_generation_prompt=True
+        )
+        return text
+    except UsageError:
+        raise
+    except Exception as error:  # the template is a program of somebody else's, and may fail in any way
+        said = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the model's chat template cannot be rendered ({type(error).__name__}: {said}): "
+            "--raw sends your text without it"
+        ) from error
+
+
+@lru_cache(2)
+def _compiled(template: str) -> Any:
+    """A jinja2.Template."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: object) -> None:
@@ -231,18 +287,7 @@ def _render(template: str, messages: Sequence[Message], bos: str, eos: str) -> s
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = strftime
-    try:
-        return environment.from_string(template).render(
-            messages=[m._asdict() for m in messages], bos_token=bos, eos_token=eos, add_generation_prompt=True
-        )
-    except UsageError:
-        raise
-    except Exception as error:  # the template is a program of somebody else's, and may fail in any way
-        said = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"the model's chat template cannot be rendered ({type(error).__name__}: {said}): "
-            "--raw sends your text without it"
-        ) from error
+    return environment.from_string(template)
 
 
 def with_document(document: str, instruction: str) -> str:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "llamacli"
 FLOORS = [
     ["errors", "__init__"],
     ["config", "machine", "gguf_header", "gguf"],
-    ["prompt", "engine.sequence", "engine.detokenizer"],
+    ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
         *("schema.grammar", "schema.reading"),

@@ -32,7 +32,8 @@ from llamacli.engine.protocol import (
     packed_delta,
     unpacked_params,
 )
-from llamacli.engine.sequence import Delta, Sequence
+from llamacli.engine.recall import Recall, spelling
+from llamacli.engine.sequence import Delta, FinishReason, Sequence
 from llamacli.errors import InputTooLong, LlamacliError, UsageError
 from llamacli.prompt import LONGEST_PIECE, Message, Prompt
 
@@ -50,12 +51,14 @@ class Workshop:
 
     encode      a text or a conversation to a prompt, called from any thread while the engine works
     embedder    None where no embeddings are made
+    recall      is told the answers of conversations; it is for `encode` to ask it
     """
 
     engine: Engine
     encode: Callable[[Question], Prompt]
     facts: ModelFacts
     embedder: Embedder | None = None
+    recall: Recall = field(default_factory=Recall)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class Worker:
         self._facts = workshop.facts
         self._encode = workshop.encode
         self._embedder = workshop.embedder
+        self._recall = workshop.recall
+        self._said: dict[int, list[str]] = {}  # by sequence id: the text of answers to conversations
         self._embeddings: deque[_Embedding] = deque()  # the first one is being computed
         self._inbox: SimpleQueue[list[Command]] = SimpleQueue()
         self._long_texts: SimpleQueue[Command] = SimpleQueue()
@@ -136,6 +141,8 @@ class Worker:
             return
         self._sequences[request] = sequence
         self._requests[sequence.id] = request
+        if trim:
+            self._said[sequence.id] = []
 
     def _begin_embedding(self, number: int, texts: list[array[int]]) -> None:
         assert self._embedder is not None
@@ -165,6 +172,7 @@ class Worker:
     def _forget(self, sequence: Sequence) -> None:
         request = self._requests.pop(sequence.id)
         del self._sequences[request]
+        self._said.pop(sequence.id, None)
         self._leaving.discard(request)
 
     def _report(self, deltas: list[Delta]) -> None:
@@ -172,10 +180,22 @@ class Worker:
         told = [packed_delta(delta, self._requests[delta.sequence_id]) for delta in deltas]
         pieces = self._new_pieces(deltas)
         for delta in deltas:
+            if delta.sequence_id in self._said:
+                self._said[delta.sequence_id].append(delta.text)
             if delta.finish_reason is not None:
-                self._forget(self._sequences[self._requests[delta.sequence_id]])
+                sequence = self._sequences[self._requests[delta.sequence_id]]
+                if delta.finish_reason is not FinishReason.FAILED:
+                    self._remember(sequence)
+                self._forget(sequence)
         refusals, self._refusals = self._refusals, []
         self._channel.send((Tell.STEP, told, pieces, refusals, tuple(self._engine.load)))
+
+    def _remember(self, sequence: Sequence) -> None:
+        """A conversation may go on from this answer."""
+        text = "".join(self._said.get(sequence.id, ()))
+        tokens = spelling(text, sequence.tokens[sequence.n_prompt :], self._engine.model.piece) if text else None
+        if tokens is not None:
+            self._recall.note(sequence.tokens[: sequence.n_prompt], tokens, text)
 
     def _new_pieces(self, deltas: list[Delta]) -> dict[int, bytes]:
         """The bytes of tokens that log probabilities name: the other side has no vocabulary."""

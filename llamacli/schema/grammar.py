@@ -62,7 +62,7 @@ def any_object() -> str:
 
 
 def to_calls(functions: Mapping[str, Schema], *, required: bool) -> str:
-    """GBNF for {"name": NAME, "arguments": ...} with arguments that satisfy that function's schema.
+    """GBNF for {"name":NAME,"arguments":...} with arguments that satisfy that function's schema.
 
     required   False: for any text as well, unless it begins as a call does
 
@@ -75,7 +75,8 @@ def to_calls(functions: Mapping[str, Schema], *, required: bool) -> str:
             arguments = _Writer(schema, rules).value(merged({"type": "object"}, schema, "#"), "#")
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-        key = then(Text('{"name":'), _SPACE, Text(spelt(name, name)), _COMMA, Text('"arguments":'), _SPACE)
+        # No white space around them: a client sends name and arguments back, and the same text is to come of it.
+        key = then(Text('{"name":'), Text(spelt(name, name)), Text(',"arguments":'))
         calls.append(then(key, arguments, Text("}")))
     call = rules.add("call", either(*calls))
     if required:
