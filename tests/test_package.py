@@ -32,6 +32,7 @@ def clean_environment(home: Path) -> dict[str, str]:
 def test_the_wheel_holds_the_package_and_the_tiny_model_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "llamacli/models/bundled/tiny-llama2-chat.Q8_0.gguf" in names
+    assert "llamacli/server/deploy/llamacli.service" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llamacli"}
     packed = {name for name in names if name.endswith(".py")}
     assert packed == {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "llamacli").rglob("*.py")}

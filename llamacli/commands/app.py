@@ -50,6 +50,8 @@ def door(started: float) -> None:
 
     _State.started = started
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `llamacli --help | head -1` ends as it would for grep
+    if os.getpid() == 1:  # a container's first process is deaf to signals that it has no handler for
+        signal.signal(signal.SIGTERM, lambda number, _: leave(128 + number))
     code = 1
     try:
         if "_LLAMACLI_COMPLETE" in os.environ:

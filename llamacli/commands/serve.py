@@ -23,7 +23,7 @@ from llamacli.launch import ServeOptions
 from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile
 from llamacli.server import listen, presence
-from llamacli.server.access import Origins
+from llamacli.server.access import Origins, is_origin
 from llamacli.server.accounts import Accounts
 from llamacli.server.app import App, Served
 from llamacli.server.gate import Gate
@@ -73,6 +73,12 @@ class Wishes:
             raise UsageError(f"--grace must be 0 or more seconds, not {self.grace:g}")
         if self.no_auth and self.api_keys:
             raise UsageError("--no-auth and --api-key contradict each other")
+        for origin in self.cors_origins:
+            if origin != "*" and not is_origin(origin):
+                raise UsageError(
+                    "--cors-origin must be * or an origin as browsers send it, like https://app.example, "
+                    f"not {origin[:100]}"
+                )
 
     @property
     def is_local(self) -> bool:

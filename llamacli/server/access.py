@@ -14,6 +14,7 @@ from llamacli.server.failure import Failure
 
 _LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.ASCII)
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.ASCII | re.IGNORECASE)
+_ORIGIN = re.compile(r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", re.ASCII)
 _BEARER = re.compile(r"Bearer +(\S+)", re.ASCII | re.IGNORECASE)
 KEY_HEADER = "ocp-apim-subscription-key"
 KEY_PARAMETER = "subscription-key"
@@ -62,6 +63,11 @@ class Origins:
             ("access-control-expose-headers", _EXPOSED_HEADERS),
             ("vary", "Origin"),
         ]
+
+
+def is_origin(text: str) -> bool:
+    """Whether a browser can send this as its Origin (RFC 6454, section 6.2): no path, no capitals, no default port."""
+    return _ORIGIN.fullmatch(text) is not None
 
 
 def is_preflight(method: str, headers: Mapping[str, str]) -> bool:

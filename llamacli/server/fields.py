@@ -13,6 +13,7 @@ from llamacli.server.failure import Failure
 
 _KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "an array", dict: "an object"}
 MAX_SHOWN = 40  # characters of a bad value
+MAX_DIGITS = 400  # of an integer: as far as a float goes
 
 
 def parse(raw: bytes) -> Fields:
@@ -24,12 +25,11 @@ def parse(raw: bytes) -> Fields:
     if not text.strip():
         raise Failure(400, 'the body is empty: send a JSON object such as {"prompt": "Tell me about llama2"}')
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=_no_constant, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise Failure(400, f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        what = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {error}"
-        raise Failure(400, f"the body {what}") from None
+    except RecursionError:
+        raise Failure(400, "the body is nested too deeply") from None
     if b"\\u" in raw:
         _check_surrogates(values)
     if not isinstance(values, dict):
@@ -38,7 +38,14 @@ def parse(raw: bytes) -> Fields:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
+    raise Failure(400, f"the body is not JSON: {name} is not allowed")
+
+
+def _integer(digits: str) -> int:
+    """No field wants more digits, and what Python does with thousands of them is slow or an error."""
+    if len(digits) > MAX_DIGITS:
+        raise Failure(400, f"the body holds an integer of {len(digits):,} characters; {MAX_DIGITS} are allowed")
+    return int(digits)
 
 
 def _check_surrogates(values: object) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,12 @@ class Server:
         return [json.loads(line) for line in lines]
 
 
+def running(environment: dict[str, str], *options: str) -> AbstractContextManager[Server]:
+    return started([*PROGRAM, "serve", "--port", "0", *options], environment)
+
+
 @contextmanager
-def running(environment: dict[str, str], *options: str) -> Iterator[Server]:
-    command = [*PROGRAM, "serve", "--port", "0", *options]
+def started(command: list[str], environment: dict[str, str]) -> Iterator[Server]:
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stderr is not None
         try:
@@ -91,8 +94,8 @@ def running(environment: dict[str, str], *options: str) -> Iterator[Server]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMACLI_", "HF_"))}
     home = str(tmp_path_factory.mktemp("home"))
-    with running(ours | {"LLAMACLI_HOME": home, "LLAMACLI_MODEL": "tiny", "LLAMACLI_THREADS": "1"}) as started:
-        yield started
+    with running(ours | {"LLAMACLI_HOME": home, "LLAMACLI_MODEL": "tiny", "LLAMACLI_THREADS": "1"}) as ready:
+        yield ready
 
 
 # -- the Llama 2 API ---------------------------------------------------------------------------------------------
@@ -148,6 +151,7 @@ def test_fields_that_mean_nothing_are_named_and_null_is_absent(server: Server) -
         (b'{"prompt": "\\ud800"}', "surrogate"),
         (b'{"prompt": NaN}', "NaN"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "hi", "seed": ' + b"9" * 5000 + b"}", "an integer of 5,000 characters"),
         ({}, "prompt is missing"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": 7}, "prompt must be a string, not 7"),
@@ -448,6 +452,9 @@ def test_what_cannot_be_served_is_one_line_before_anything_is_loaded(llamacli: R
         (["-m", "/no/such.gguf"], 5, "does not exist"),
         (["-m", "7b-chat", "--offline"], 5, "llamacli pull 7b-chat"),
         (["--no-auth", "--api-key", "x"], 2, "contradict"),
+        (["--cors-origin", "app.example"], 2, "like https://app.example"),
+        (["--cors-origin", "https://app.example/"], 2, "as browsers send it"),
+        (["--cors-origin", "http://app.example:80"], 2, "as browsers send it"),
     ]
     for options, code, said in cases:
         done = llamacli("serve", *options)
