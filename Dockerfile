@@ -34,8 +34,9 @@ FROM python:${PYTHON}-slim
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
-    && groupadd --system --gid 10001 llamacli \
-    && useradd --system --uid 10001 --gid llamacli --create-home --home-dir /var/lib/llamacli llamacli
+    && groupadd --gid 10001 llamacli \
+    && useradd --uid 10001 --gid llamacli --no-log-init --shell /usr/sbin/nologin \
+        --create-home --home-dir /var/lib/llamacli llamacli
 COPY --from=build /opt/llamacli /opt/llamacli
 ENV PATH=/opt/llamacli/bin:$PATH \
     LLAMACLI_HOME=/var/lib/llamacli

@@ -14,10 +14,12 @@ from llamacli.errors import EngineError
 from llamacli.server.answer import Shape
 from llamacli.server.ask import Ask
 from llamacli.server.exchange import ClientGone, Exchange
+from llamacli.server.failure import Failure
 from llamacli.server.log import Record
 from llamacli.server.metrics import Metrics
 from llamacli.server.service import Service, Work
 
+_UNFINISHED = (FinishReason.CANCELLED, FinishReason.FAILED)
 STALL_SECONDS = 60.0  # for a client that does not read what it asked for
 
 
@@ -65,7 +67,7 @@ class Answering:
         clock = _Clock(self.metrics, started)
         async for _, deltas in work.pieces():
             clock.note(deltas)
-        _check(work)
+        self._check(work)
         await exchange.respond(200, shape.whole(work.answers))
 
     async def _stream(self, exchange: Exchange, work: Work, shape: Shape, started: float) -> None:
@@ -73,7 +75,7 @@ class Answering:
         clock = _Clock(self.metrics, started)
         async for answer, deltas in work.pieces():
             clock.note(deltas)
-            if deltas[-1].finish_reason in (FinishReason.CANCELLED, FinishReason.FAILED):
+            if deltas[-1].finish_reason in _UNFINISHED:
                 break
             if exchange.status is None:
                 await exchange.start_events()
@@ -82,8 +84,18 @@ class Answering:
                 events = shape.piece(answer, deltas)
             if events:
                 await _send(exchange, events)
-        _check(work)
+        self._check(work)
         await _send(exchange, shape.closing(work.answers), last=True)
+
+    def _check(self, work: Work) -> None:
+        """That there is an answer, and somebody who waits for it."""
+        if work.is_cancelled:
+            raise ClientGone
+        if all(answer.finish_reason not in (*_UNFINISHED, None) for answer in work.answers):
+            return
+        if self.service.is_draining:
+            raise Failure(503, "the server went down before the answer was complete: ask again", retry_after=5)
+        raise EngineError("llama.cpp could not compute the answer: try again; the server's log may tell why")
 
 
 async def _send(exchange: Exchange, events: bytes, *, last: bool = False) -> None:
@@ -92,14 +104,6 @@ async def _send(exchange: Exchange, events: bytes, *, last: bool = False) -> Non
             await exchange.events(events, last=last)
     except TimeoutError:
         raise ClientGone from None
-
-
-def _check(work: Work) -> None:
-    """That there is an answer, and somebody who waits for it."""
-    if work.is_cancelled:
-        raise ClientGone
-    if any(answer.finish_reason in (FinishReason.FAILED, FinishReason.CANCELLED, None) for answer in work.answers):
-        raise EngineError("llama.cpp could not compute the answer: try again; the server's log may tell why")
 
 
 class _Clock:

@@ -1,0 +1,44 @@
+"""How the server ends while it still has something to do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+
+import pytest
+from test_serve import ENDLESS, Reply, begun, running, wait_for
+
+
+def test_an_answer_that_outlasts_the_grace_period_ends_with_an_error(environment: dict[str, str]) -> None:
+    with running(environment, "--grace", "0.1") as ending, begun(ending) as connection:
+        ending.process.send_signal(signal.SIGTERM)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+        assert ending.process.wait(20) == 0
+    assert b"[DONE]" not in received
+    error = json.loads(received.rpartition(b"data: ")[2].partition(b"\n")[0])
+    assert error["code"] == 503 and "went down" in error["message"]
+
+
+def test_a_second_signal_stops_at_once_and_says_so_to_who_waits(environment: dict[str, str]) -> None:
+    replies: list[Reply] = []
+    with running(environment, "--grace", "60") as ending:
+        asked = threading.Thread(target=lambda: replies.append(ending.post(ENDLESS | {"stream": False})))
+        asked.start()
+        wait_for(lambda: "llamacli_slots_busy 1" in ending.request("GET", "/metrics").text)
+        ending.process.send_signal(signal.SIGINT)
+        wait_for(lambda: ending.request("GET", "/ready").status == 503)
+        ending.process.send_signal(signal.SIGINT)
+        assert ending.process.wait(20) == 0
+        asked.join(10)
+    (reply,) = replies
+    assert reply.status == 503 and int(reply.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends_at_once(environment: dict[str, str], number: signal.Signals) -> None:
+    with running(environment) as ending:
+        ending.process.send_signal(number)
+        assert ending.process.wait(20) == 0
