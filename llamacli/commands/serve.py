@@ -69,7 +69,7 @@ class Wishes:
             raise UsageError(f"--queue must be 0 or more, not {self.queue}")
         if self.max_body < 1:
             raise UsageError(f"--max-body must be 1 byte or more, not {self.max_body}")
-        if self.grace < 0:
+        if not self.grace >= 0:  # nor is NaN
             raise UsageError(f"--grace must be 0 or more seconds, not {self.grace:g}")
         if self.no_auth and self.api_keys:
             raise UsageError("--no-auth and --api-key contradict each other")

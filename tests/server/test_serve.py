@@ -452,6 +452,7 @@ def test_what_cannot_be_served_is_one_line_before_anything_is_loaded(llamacli: R
         (["-m", "/no/such.gguf"], 5, "does not exist"),
         (["-m", "7b-chat", "--offline"], 5, "llamacli pull 7b-chat"),
         (["--no-auth", "--api-key", "x"], 2, "contradict"),
+        (["--grace", "nan"], 2, "--grace must be"),
         (["--cors-origin", "app.example"], 2, "like https://app.example"),
         (["--cors-origin", "https://app.example/"], 2, "as browsers send it"),
         (["--cors-origin", "http://app.example:80"], 2, "as browsers send it"),
