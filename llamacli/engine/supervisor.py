@@ -49,7 +49,7 @@ State = Literal["loading", "ready", "draining", "failed"]
 PAUSE_AT = 256  # deltas that nobody has read: the sequence is paused until somebody does
 STALL_SECONDS = 60.0  # a paused stream that is not read for so long is cancelled
 MAX_STREAMS = 4096  # open at once; a server's queue is shorter
-MAX_FUTILE_LIVES = 3  # processes in a row that died before they had finished a single answer: it will not get better
+MAX_FUTILE_LIVES = 3  # processes in a row that died before they were ready or had finished an answer
 BACKOFF_SECONDS = (0.0, 0.25, 1.0, 4.0, 15.0)  # before the next start, by the deaths in a row before it
 FUTILE_SECONDS = 60.0  # a process that lived longer did not die of its start
 EXIT_SECONDS = 2.0  # for a process whose socket is closed to be gone by itself
@@ -129,6 +129,10 @@ class Stream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class _NoProcess(ResourceError):
+    """Not even a process: no file descriptor, no memory for it. That has nothing to do with the model, and passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +310,12 @@ class EngineProcess:
 
     async def _begin(self) -> ModelFacts:
         life = self._life = _Life(self._hear)
-        await life.begin(self.recipe)
+        try:
+            await life.begin(self.recipe)
+        except OSError as error:
+            self._life = None
+            await life.end(EXIT_SECONDS)
+            raise _NoProcess(f"no process can be started for the engine: {error.strerror or error}") from None
         try:
             self.facts = await life.ready
         except LlamacliError as error:
@@ -328,7 +337,8 @@ class EngineProcess:
         reason = await life.autopsy()
         self._bury(life, reason)
         is_futile = life.n_answers == n_answers and monotonic() - began < FUTILE_SECONDS
-        self._n_futile = self._n_futile + 1 if is_futile else 0
+        # A process that was ready is followed by another one, however often: what it died of may have been one request.
+        self._n_futile = min(self._n_futile + 1, MAX_FUTILE_LIVES - 1) if is_futile else 0
         if self.state == "loading":
             await self._begin_again()
 
@@ -345,14 +355,16 @@ class EngineProcess:
         self._emptied.set()
 
     async def _begin_again(self) -> None:
+        n_tries = self._n_futile
         while self._n_futile < MAX_FUTILE_LIVES:
-            await asyncio.sleep(self._backoff[min(self._n_futile, len(self._backoff) - 1)])
+            await asyncio.sleep(self._backoff[min(n_tries, len(self._backoff) - 1)])
+            n_tries += 1
             self._n_restarts += 1
             try:
                 await self._begin()
             except LlamacliError as error:
                 self.reason = str(error)
-                self._n_futile += 1
+                self._n_futile += not isinstance(error, _NoProcess)
             else:
                 return
         self.state = "failed"
@@ -378,7 +390,15 @@ class EngineProcess:
         """Run something beside; stop() cancels it."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._tended)
+
+    def _tended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # a bug; nobody else would hear of it
+            log.error("the engine is not watched any more", exc_info=error)
+            if self.state == "loading":
+                self.state, self.reason = "failed", f"{type(error).__name__}: {error}"
 
     # -- what the child says --
 
@@ -537,7 +557,8 @@ class _Life(asyncio.Protocol):
             self._transport.close()
         elif self._socket is not None:  # stopped in the middle of begin()
             self._socket.close()
-        await self._exit_status(seconds)
+        if self._child is not None:
+            await self._exit_status(seconds)
         if self._transport is not None:
             await asyncio.shield(self.ended)
         self._stderr.close()

@@ -99,8 +99,9 @@ class Worker:
         self._channel.send((Tell.READY, asdict(self._facts)))
         engine = self._engine
         while True:
-            self._obey(self._commands(wait=not engine.has_work and not self._embeddings))
-            if engine.has_work or not self._embeddings:
+            commands = list(self._commands(wait=not engine.has_work and not self._embeddings))
+            self._obey(commands)
+            if engine.has_work or commands:
                 self._report(engine.step() if engine.has_work else [])
             if self._embeddings:
                 self._embed(self._embeddings[0])
@@ -124,6 +125,7 @@ class Worker:
                 continue
             sequence = self._sequences.get(request)
             if sequence is None:  # it has ended meanwhile, or is an embedding
+                self._leaving.discard(request)
                 continue
             if ask == Ask.CANCEL:
                 self._engine.cancel(sequence)

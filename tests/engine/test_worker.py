@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -438,6 +439,40 @@ def test_deaths_between_answers_are_no_reason_to_give_up() -> None:
     run(test())
 
 
+def test_deaths_without_a_single_answer_are_no_reason_to_give_up_what_could_be_loaded() -> None:
+    async def test() -> None:
+        async with EngineProcess(recipe(), backoff_seconds=[0.0]) as engine:
+            for _ in range(5):
+                with pytest.raises(EngineCrashed):
+                    await read(engine.submit([1, KILLED], TEN))
+                await until(lambda: engine.state in ("ready", "failed"))
+                assert engine.state != "failed", engine.reason
+
+    run(test())
+
+
+def test_a_process_that_cannot_be_started_now_is_started_later() -> None:
+    """While it has no file descriptors left."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def test() -> None:
+        async with EngineProcess(recipe(), backoff_seconds=[0.0, 0.01]) as engine:
+            n_before = n_open_files()
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (n_before, most[1]))
+                with pytest.raises(EngineCrashed):
+                    await read(engine.submit([1, KILLED], TEN))
+                await until(lambda: engine.stats.restarts > 5)
+                assert "Too many open files" in engine.reason
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, most)
+            await until(lambda: engine.state == "ready")
+            assert tokens_of(await read(engine.submit([1, 5], TEN))) == alone([1, 5], 10)
+            assert n_open_files() == n_before
+
+    run(test())
+
+
 def test_lives_and_streams_leave_no_file_descriptor_and_no_process_behind() -> None:
     async def test() -> None:
         async with EngineProcess(recipe(), backoff_seconds=[0.0]) as engine:
@@ -517,6 +552,20 @@ def test_who_never_reads_is_cancelled() -> None:
             assert deltas[-1].finish_reason is FinishReason.CANCELLED
             assert tokens_of(deltas) == alone([1, 7], len(deltas) - 1)
             await until(lambda: engine.stats.load.waiting == 0)
+
+    run(test())
+
+
+def test_a_cancel_shows_while_nothing_but_an_embedding_is_computed(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with EngineProcess(tiny(tmp_path)) as engine:
+            embedding = asyncio.ensure_future(engine.embed([[300] * 1000] * 500))
+            stream = engine.submit([1, 300], SamplingParams(ignore_eos=True))
+            await first_of(stream)
+            stream.cancel()
+            await until(lambda: engine.stats.load.slots_busy == 0)
+            assert not embedding.done()
+            embedding.cancel()
 
     run(test())
 
