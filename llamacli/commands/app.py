@@ -278,6 +278,9 @@ def serve(
     ] = None,
     max_body: Annotated[int, typer.Option(help="The largest request, in bytes.")] = 10 << 20,
     grace: Annotated[float, typer.Option(help="Seconds for open answers when the server is to end.")] = 30.0,
+    headers_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 15.0,
+    body_timeout: Annotated[float, typer.Option(help="Seconds for the body of a request.")] = 30.0,
+    reading_timeout: Annotated[float, typer.Option(help="Seconds for a client that does not read its answer.")] = 60.0,
     gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
     require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
@@ -288,6 +291,7 @@ def serve(
     """Serve the Llama 2 API and the OpenAI API over HTTP."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
     from llamacli.commands import serve as command
+    from llamacli.server.connection import Patience
 
     wishes = command.Wishes(
         host=host,
@@ -301,6 +305,7 @@ def serve(
         max_body=max_body,
         grace=grace,
         repack=repack,
+        patience=Patience(headers=headers_timeout, body=body_timeout, reading=reading_timeout),
     )
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 

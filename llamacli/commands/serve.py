@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamacli import launch as launching
@@ -26,9 +27,10 @@ from llamacli.server import listen, presence
 from llamacli.server.access import Origins, is_origin
 from llamacli.server.accounts import Accounts
 from llamacli.server.app import App, Served
+from llamacli.server.connection import Patience
 from llamacli.server.gate import Gate
 from llamacli.server.ledger import FILENAME
-from llamacli.server.log import Log
+from llamacli.server.log import Log, Relay
 from llamacli.server.metrics import Metrics
 from llamacli.server.presence import FileState
 from llamacli.server.service import Service
@@ -46,6 +48,7 @@ class Wishes:
     max_body   bytes
     grace      seconds for answers that are being written when the server is to end
     repack     auto, on or off: whether the weights are rewritten for this CPU
+    patience   with clients
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +62,7 @@ class Wishes:
     max_body: int = 10 << 20
     grace: float = 30.0
     repack: str = "auto"
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         if self.repack not in _REPACK:
@@ -71,6 +75,10 @@ class Wishes:
             raise UsageError(f"--max-body must be 1 byte or more, not {self.max_body}")
         if not self.grace >= 0:  # nor is NaN
             raise UsageError(f"--grace must be 0 or more seconds, not {self.grace:g}")
+        for name in ("headers", "body", "reading"):
+            seconds = getattr(self.patience, name)
+            if not seconds > 0:
+                raise UsageError(f"--{name}-timeout must be more than 0 seconds, not {seconds:g}")
         if self.no_auth and self.api_keys:
             raise UsageError("--no-auth and --api-key contradict each other")
         for origin in self.cors_origins:
@@ -89,14 +97,23 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     """Serve until a signal ends it. Returns the exit code. Raises LlamacliError before anything is loaded."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that goes away must not take us along
     log = Log(sys.stderr, as_json=not sys.stderr.isatty(), quiet=settings.quiet)
+    logging.getLogger().addHandler(Relay(log))
+    try:
+        return _serve(settings, wishes, places, log)
+    finally:
+        log.close()
+
+
+def _serve(settings: Settings, wishes: Wishes, places: Directories, log: Log) -> int:
     options = ServeOptions(slots=wishes.slots, repack=_REPACK[wishes.repack])
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
     recipe = launching.serving(settings, file, places.cache, options)
+    listen.lift_descriptor_limit()
     bound = listen.bind_unix(wishes.uds) if wishes.uds else listen.bind(wishes.host, wishes.port)
     accounts = _accounts(wishes, places, log)
     own = _bind_own(places, file, log)
-    engine = EngineProcess(recipe, notice=lambda line: log.event("notice", line))
+    engine = EngineProcess(recipe, notice=lambda line: log.event("notice", line), stall_seconds=wishes.patience.reading)
     loop_factory = _loop_factory()
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -184,9 +201,10 @@ class _Server:
             metrics=Metrics(lambda: engine.stats),
             log=log,
             max_body=wishes.max_body,
+            body_seconds=wishes.patience.body,
             own_socket=str(own.path) if own else None,
         )
-        self._http = listen.Http(app)
+        self._http = listen.Http(app, wishes.patience)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()

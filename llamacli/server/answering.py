@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -20,7 +20,6 @@ from llamacli.server.metrics import Metrics
 from llamacli.server.service import Service, Work
 
 _UNFINISHED = (FinishReason.CANCELLED, FinishReason.FAILED)
-STALL_SECONDS = 60.0  # for a client that does not read what it asked for
 
 
 @dataclass(slots=True)
@@ -65,27 +64,29 @@ class Answering:
 
     async def _whole(self, exchange: Exchange, work: Work, shape: Shape, started: float) -> None:
         clock = _Clock(self.metrics, started)
-        async for _, deltas in work.pieces():
-            clock.note(deltas)
+        async with aclosing(work.pieces()) as pieces:
+            async for _, deltas in pieces:
+                clock.note(deltas)
         self._check(work)
         await exchange.respond(200, shape.whole(work.answers))
 
     async def _stream(self, exchange: Exchange, work: Work, shape: Shape, started: float) -> None:
         """The status goes out with the first piece, so that a request that fails before gets its proper error."""
         clock = _Clock(self.metrics, started)
-        async for answer, deltas in work.pieces():
-            clock.note(deltas)
-            if deltas[-1].finish_reason in _UNFINISHED:
-                break
-            if exchange.status is None:
-                await exchange.start_events()
-                events = shape.opening() + shape.piece(answer, deltas)
-            else:
-                events = shape.piece(answer, deltas)
-            if events:
-                await _send(exchange, events)
+        async with aclosing(work.pieces()) as pieces:
+            async for answer, deltas in pieces:
+                clock.note(deltas)
+                if deltas[-1].finish_reason in _UNFINISHED:
+                    break
+                if exchange.status is None:
+                    await exchange.start_events()
+                    events = shape.opening() + shape.piece(answer, deltas)
+                else:
+                    events = shape.piece(answer, deltas)
+                if events:
+                    await exchange.events(events)
         self._check(work)
-        await _send(exchange, shape.closing(work.answers), last=True)
+        await exchange.events(shape.closing(work.answers), last=True)
 
     def _check(self, work: Work) -> None:
         """That there is an answer, and somebody who waits for it."""
@@ -96,14 +97,6 @@ class Answering:
         if self.service.is_draining:
             raise Failure(503, "the server went down before the answer was complete: ask again", retry_after=5)
         raise EngineError("llama.cpp could not compute the answer: try again; the server's log may tell why")
-
-
-async def _send(exchange: Exchange, events: bytes, *, last: bool = False) -> None:
-    try:
-        async with asyncio.timeout(STALL_SECONDS):
-            await exchange.events(events, last=last)
-    except TimeoutError:
-        raise ClientGone from None
 
 
 class _Clock:

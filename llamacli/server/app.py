@@ -22,7 +22,6 @@ from llamacli.server.service import Service
 from llamacli.server.trace import trace_id
 
 CLIENT_GONE = 499  # nginx's number for a client that went away; for the log alone
-BODY_SECONDS = 30.0
 
 Handler = Callable[["Call"], Awaitable[None]]
 
@@ -71,7 +70,7 @@ class App:
     """The ASGI application.
 
     defaults   sampling where a request says nothing
-    max_body   bytes
+    max_body   bytes, which must be there within body_seconds
     own_socket   path of the Unix socket that only this server's user can open: who comes by it may do everything
     """
 
@@ -86,6 +85,7 @@ class App:
         metrics: Metrics,
         log: Log,
         max_body: int,
+        body_seconds: float,
         own_socket: str | None = None,
     ) -> None:
         self._own_socket = own_socket
@@ -97,6 +97,7 @@ class App:
         self._metrics = metrics
         self._log = log
         self._max_body = max_body
+        self._body_seconds = body_seconds
         self._answering = Answering(service, metrics)
         self._routes = self._table()
 
@@ -140,6 +141,8 @@ class App:
 
     async def _handle(self, call: Call) -> None:
         exchange = call.exchange
+        if exchange.refusal is not None:
+            raise exchange.refusal
         is_own = exchange.socket is not None and exchange.socket == self._own_socket
         if not is_own:
             self._origins.check(exchange.headers)
@@ -179,7 +182,7 @@ class App:
             await exchange.respond(error.status, body, headers=error.headers.items())
         else:
             call.record.status = error.status
-            await exchange.events(event(body.decode()), last=True)
+            await exchange.events(event(body.decode()), last=True, closes=True)
 
     def _note(self, call: Call) -> None:
         record, exchange = call.record, call.exchange
@@ -220,7 +223,7 @@ class App:
         await call.exchange.respond(200, embeddings.body(request, made.vectors, made.n_tokens, self._served.name))
 
     async def _body(self, call: Call) -> bytes:
-        return await call.exchange.body(self._max_body, BODY_SECONDS)
+        return await call.exchange.body(self._max_body, self._body_seconds)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._served.names:

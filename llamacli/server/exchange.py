@@ -13,8 +13,10 @@ from urllib.parse import parse_qsl
 from llamacli.server.failure import Failure
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -30,6 +32,7 @@ class Exchange:
 
     headers   names in lower case; of a header sent twice, the last
     socket    path of the Unix socket that it came by; None for TCP
+    refusal   why the request cannot be answered: it could not even be read
     status    None until the answer has begun
     extra     headers that every answer of this exchange carries
     """
@@ -45,6 +48,7 @@ class Exchange:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         self.query_string: str = scope["query_string"].decode("latin-1")
+        self.refusal: Failure | None = scope.get("refusal")
         self.status: int | None = None
         self.extra: list[tuple[str, str]] = []
         self._receive = receive
@@ -97,9 +101,12 @@ class Exchange:
     async def start_events(self) -> None:
         await self._start(200, [("content-type", EVENTS), ("cache-control", "no-cache"), ("x-accel-buffering", "no")])
 
-    async def events(self, data: bytes, *, last: bool = False) -> None:
-        """Send events that are already in their wire form. Waits while the client does not read."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+    async def events(self, data: bytes, *, last: bool = False, closes: bool = False) -> None:
+        """Send events that are already in their wire form. Waits while the client does not read.
+
+        closes   the connection, after the last ones
+        """
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last, "closes": closes})
 
     async def _start(self, status: int, headers: Headers) -> None:
         self.status = status

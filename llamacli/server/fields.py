@@ -6,6 +6,7 @@ Knows nothing of what the fields mean. JSON's null counts as absent; booleans an
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -26,12 +27,12 @@ def parse(raw: bytes) -> Fields:
         raise Failure(400, 'the body is empty: send a JSON object such as {"prompt": "Tell me about llama2"}')
     try:
         values = json.loads(text, parse_constant=_no_constant, parse_int=_integer)
+        if b"\\u" in raw:
+            _check_surrogates(values)
     except json.JSONDecodeError as error:
         raise Failure(400, f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise Failure(400, "the body is nested too deeply") from None
-    if b"\\u" in raw:
-        _check_surrogates(values)
     if not isinstance(values, dict):
         raise Failure(400, f"the body must be a JSON object, not {kind_of(values)}")
     return Fields(values)

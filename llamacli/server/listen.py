@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
+import resource
 import socket
 import stat
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from llamacli.errors import UsageError
-from llamacli.server.connection import Connection
+from llamacli.server.connection import Connection, Patience
 
 BACKLOG = 1024
-KEEP_ALIVE_SECONDS = 75
+MAX_DESCRIPTORS = 1 << 16
+
+
+def lift_descriptor_limit() -> None:
+    """A connection is a file descriptor, and many systems allow 1,024 unless asked for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, MAX_DESCRIPTORS)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def is_loopback(host: str) -> bool:
@@ -89,13 +99,13 @@ def url_of(bound: socket.socket) -> str:
 
 
 class Http(uvicorn.Server):
-    """uvicorn with our signals instead of its own."""
+    """uvicorn with our connections and our signals instead of its own."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, patience: Patience) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http=cast(Any, functools.partial(Connection, patience=patience)),
                 ws="none",
                 lifespan="off",
                 loop="none",
@@ -103,7 +113,6 @@ class Http(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=1,
             )
         )

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from queue import Full, Queue
 from typing import TextIO
+
+MAX_WAITING = 10_000  # lines; those of a log that nobody reads are lost from here on
+CLOSE_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -24,10 +31,22 @@ class Record:
 
 
 class Log:
+    """A thread of its own writes: a pipe that nobody reads, or a slow disk, must not stop the server."""
+
     def __init__(self, stream: TextIO, *, as_json: bool, quiet: bool = False) -> None:
         self._stream = stream
         self._as_json = as_json
         self._quiet = quiet
+        self._lines: Queue[str | None] = Queue(MAX_WAITING)
+        self._n_lost = 0
+        self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._writer.start()
+
+    def close(self) -> None:
+        """Write what is waiting, unless nobody reads it."""
+        with suppress(Full):
+            self._lines.put_nowait(None)
+        self._writer.join(CLOSE_SECONDS)
 
     def request(self, record: Record) -> None:
         if self._quiet:
@@ -59,10 +78,29 @@ class Log:
 
     def _put(self, line: str) -> None:
         try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
-        except (OSError, ValueError):
-            pass  # nobody reads the log any more: no reason to stop answering
+            self._lines.put_nowait(line)
+        except Full:
+            self._n_lost += 1
+
+    def _write_lines(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError, ValueError):  # nobody reads the log any more: no reason to stop answering
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            if self._n_lost and self._lines.empty():
+                n_lost, self._n_lost = self._n_lost, 0
+                self.event("log", f"{n_lost:,} lines of this log are lost: it was not read in time")
+
+
+class Relay(logging.Handler):
+    """What other rooms and libraries report by `logging`, the engine's death above all, as lines of our log."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.event(record.levelname.lower(), self.format(record))
 
 
 def _printable(text: str) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from llamacli.engine.sequence import MAX_SEED, Delta, SamplingParams
 from llamacli.engine.supervisor import Embedded, EngineProcess, Stream
+from llamacli.errors import LlamacliError
 from llamacli.prompt import Format, Prompt
 from llamacli.server.answer import Answer
 from llamacli.server.ask import Ask, Conversation, Source, Text
@@ -35,14 +37,15 @@ class Work:
         for stream in self.streams:
             stream.cancel()
 
-    async def pieces(self) -> AsyncIterator[tuple[Answer, Sequence[Delta]]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Answer, Sequence[Delta]], None]:
         """What is added to each answer, as it comes. Raises LlamacliError when the engine fails."""
         if len(self.streams) == 1:
             async for new in self.streams[0]:
                 yield self._note(self.answers[0], new)
             return
-        async for answer, deltas in _merged(self.answers, self.streams):
-            yield self._note(answer, deltas)
+        async with aclosing(_merged(self.answers, self.streams)) as merged:
+            async for answer, deltas in merged:
+                yield self._note(answer, deltas)
 
     def _note(self, answer: Answer, deltas: Sequence[Delta]) -> tuple[Answer, Sequence[Delta]]:
         for delta in deltas:
@@ -53,24 +56,34 @@ class Work:
 
 async def _merged(
     answers: Sequence[Answer], streams: Sequence[Stream]
-) -> AsyncIterator[tuple[Answer, Sequence[Delta]]]:
+) -> AsyncGenerator[tuple[Answer, Sequence[Delta]], None]:
     """The pieces of several streams in the order in which they come."""
-    queue: asyncio.Queue[tuple[Answer, Sequence[Delta]] | Answer] = asyncio.Queue(maxsize=4 * len(streams))
+    queue: asyncio.Queue[tuple[Answer, Sequence[Delta]] | LlamacliError | None] = asyncio.Queue(4 * len(streams))
 
     async def pump(answer: Answer, stream: Stream) -> None:
-        async for deltas in stream:
-            await queue.put((answer, deltas))
-        await queue.put(answer)  # its end
+        end = None
+        try:
+            async for deltas in stream:
+                await queue.put((answer, deltas))
+        except LlamacliError as error:
+            end = error
+        await queue.put(end)
 
-    async with asyncio.TaskGroup() as group:
-        pumps = [group.create_task(pump(*pair)) for pair in zip(answers, streams, strict=True)]
+    # No task group: it would raise a group of errors, and cancel whoever reads this in the middle of something else.
+    pumps = [asyncio.ensure_future(pump(*pair)) for pair in zip(answers, streams, strict=True)]
+    try:
         n_open = len(pumps)
         while n_open:
             item = await queue.get()
-            if isinstance(item, Answer):
+            if isinstance(item, LlamacliError):
+                raise item
+            if item is None:
                 n_open -= 1
             else:
                 yield item
+    finally:
+        for each in pumps:
+            each.cancel()
 
 
 @dataclass(slots=True)
