@@ -21,6 +21,7 @@ from llamacli.server.metrics import Metrics
 from llamacli.server.service import Service
 from llamacli.server.trace import trace_id
 
+MAX_LOGGED = 300  # characters of a path
 CLIENT_GONE = 499  # nginx's number for a client that went away; for the log alone
 
 Handler = Callable[["Call"], Awaitable[None]]
@@ -116,7 +117,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "started without lifespan and websockets"
         exchange = Exchange(scope, receive, send)
-        record = Record(exchange.method, exchange.path, trace_id(exchange.headers))
+        record = Record(exchange.method, exchange.path[:MAX_LOGGED], trace_id(exchange.headers))
         call = Call(exchange, record, perf_counter())
         exchange.extra.append(("x-trace-id", call.trace_id))
         try:

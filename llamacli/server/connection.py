@@ -46,7 +46,7 @@ class Patience:
 
     headers   from the first byte of a request to the end of its headers
     body      to the end of its body
-    reading   to take a full buffer of its answer
+    reading   to take anything at all of what is written to it
     idle      until its next request
     """
 
@@ -123,8 +123,7 @@ class Connection(asyncio.Protocol):
         """The client will send nothing more. It may still wait for its answers: see _look."""
         self._is_half_closed = True
         if self._arriving is not None:
-            self._arriving.leave()  # only half of a request: nobody can have meant it
-            self._arriving.keeps_alive = False
+            self._arriving.fail(Failure(400, "the request has ended before its body was there"))
         if not self._turns or self._transport.is_closing():
             return False
         self._stop_waiting()
@@ -133,7 +132,8 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_writable.clear()
-        self._doom_in(self._patience.reading)
+        if self._doom is None:
+            self._expect_reading()
 
     def resume_writing(self) -> None:
         self._is_writable.set()
@@ -144,7 +144,9 @@ class Connection(asyncio.Protocol):
     def shutdown(self) -> None:
         """For uvicorn: the server is going down."""
         self._is_leaving = True
-        if not self._turns:
+        if self._turns:
+            self._turns[0].keeps_alive = False
+        else:
             self._close()
 
     # -- limits --
@@ -158,9 +160,16 @@ class Connection(asyncio.Protocol):
             self._deadline.cancel()
             self._deadline = None
 
-    def _doom_in(self, seconds: float) -> None:
-        if self._doom is None:
-            self._doom = self._loop.call_later(seconds, self._abort)
+    def _expect_reading(self) -> None:
+        """Something is written that the client has not taken. What it takes slowly is taken all the same."""
+        n_left = self._transport.get_write_buffer_size()
+        self._doom = self._loop.call_later(self._patience.reading, self._check_reading, n_left)
+
+    def _check_reading(self, n_left_before: int) -> None:
+        if self._transport.get_write_buffer_size() < n_left_before:
+            self._expect_reading()
+        else:
+            self._abort()
 
     def _give_up(self) -> None:
         """The headers have not come. A client that has sent nothing at all is not told."""
@@ -190,13 +199,15 @@ class Connection(asyncio.Protocol):
         self._stop_waiting()
         if self._transport.is_closing():
             return
+        if self._doom is not None:
+            self._doom.cancel()
         if is_unread and not self._is_half_closed:
             self._transport.write_eof()
             self._resume()
-            self._doom_in(_LINGER_SECONDS)
+            self._doom = self._loop.call_later(_LINGER_SECONDS, self._abort)
         else:
+            self._expect_reading()
             self._transport.close()
-            self._doom_in(self._patience.reading)
 
     # -- reading --
 

@@ -156,6 +156,10 @@ class Service:
             raise Failure(503, "the model is loading: try again in a moment", retry_after=2)
         if self.engine.state != "ready":
             raise Failure(503, f"the engine has failed and does not come back by itself: {self.engine.reason}")
+        if n > self.slots + self.queue:
+            raise Failure(
+                400, f"{n} answers at once are more than the {self.slots + self.queue} that this server takes"
+            )
         if self.n_open + n > self.slots + self.queue:
             n_waiting = max(0, self.n_open - self.slots)
             raise Failure(

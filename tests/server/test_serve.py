@@ -425,6 +425,8 @@ def children(pid: int) -> list[int]:
 
 def test_more_than_may_wait_is_refused(environment: dict[str, str]) -> None:
     with running(environment, "--slots", "1", "--queue", "0") as narrow:
+        never = narrow.post({"prompt": "hi", "n": 2}, "/v1/completions")
+        assert never.status == 400 and "more than the 1 that this server takes" in never.json["error"]["message"]
         with begun(narrow):
             refused = narrow.post({"prompt": "hi"})
             assert refused.status == 429 and int(refused.headers["retry-after"]) >= 1
