@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 from llamacli.engine.sequence import MAX_SEED, Delta, SamplingParams
 from llamacli.engine.supervisor import Embedded, EngineProcess, Stream
-from llamacli.errors import LlamacliError
 from llamacli.prompt import Format, Prompt
 from llamacli.server.answer import Answer
 from llamacli.server.ask import Ask, Conversation, Source, Text
@@ -58,14 +57,14 @@ async def _merged(
     answers: Sequence[Answer], streams: Sequence[Stream]
 ) -> AsyncGenerator[tuple[Answer, Sequence[Delta]], None]:
     """The pieces of several streams in the order in which they come."""
-    queue: asyncio.Queue[tuple[Answer, Sequence[Delta]] | LlamacliError | None] = asyncio.Queue(4 * len(streams))
+    queue: asyncio.Queue[tuple[Answer, Sequence[Delta]] | Exception | None] = asyncio.Queue(4 * len(streams))
 
     async def pump(answer: Answer, stream: Stream) -> None:
-        end = None
+        end: Exception | None = None
         try:
             async for deltas in stream:
                 await queue.put((answer, deltas))
-        except LlamacliError as error:
+        except Exception as error:  # raised by the reader instead, who would wait for ever
             end = error
         await queue.put(end)
 
@@ -75,7 +74,7 @@ async def _merged(
         n_open = len(pumps)
         while n_open:
             item = await queue.get()
-            if isinstance(item, LlamacliError):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 n_open -= 1
