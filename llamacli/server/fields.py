@@ -6,7 +6,6 @@ Knows nothing of what the fields mean. JSON's null counts as absent; booleans an
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 

@@ -57,7 +57,7 @@ def hasty(surroundings: dict[str, str]) -> Iterator[Server]:
         ('{"prompt": "hi", "max_tokens": -0}', "max_tokens must be 1 or more, not 0"),
         ('{"prompt": "hi", "seed": 18446744073709551616}', "seed must be between"),
         ('{"prompt": "hi", "top_k": ' + "9" * 4000 + "}", "top_k must be between"),
-        ('{"prompt": "hi", "max_tokens": ' + "9" * 5000 + "}", "more than 4,300 digits"),
+        ('{"prompt": "hi", "max_tokens": ' + "9" * 5000 + "}", "an integer of 5,000 characters"),
         ('{"prompt": {"a": 1}}', "prompt must be a string, not an object"),
         ('{"prompt": ["hi"]}', "prompt must be a string, not an array"),
         ('{"prompt": "hi", "stop": 1}', "stop must be a string or an array"),
