@@ -399,7 +399,9 @@ def test_prompts_on_their_way_are_told_too() -> None:
     async def test() -> None:
         async with EngineProcess(recipe()) as engine:
             assert engine.pid is not None
+            status = Path(f"/proc/{engine.pid}/stat")
             os.kill(engine.pid, signal.SIGSTOP)
+            await until(lambda: status.read_text().rpartition(")")[2].split()[0] == "T")
             asked = asyncio.ensure_future(engine.encode("hi"))
             await asyncio.sleep(0.01)
             os.kill(engine.pid, signal.SIGKILL)
