@@ -49,7 +49,8 @@ FLOORS = [
         "server.trace",
     ],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
-    ["server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen", "server.app"],
+    ["server.about", "server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen"],
+    ["server.schemas", "server.description", "server.samples", "server.site", "server.app"],
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
     ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [

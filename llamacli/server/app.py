@@ -10,7 +10,8 @@ from time import perf_counter, time
 
 from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import LlamacliError
-from llamacli.server import access, contract, embeddings, failure, openai
+from llamacli.server import access, contract, description, embeddings, failure, openai, site
+from llamacli.server.about import About, url_of
 from llamacli.server.answering import Answering
 from llamacli.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from llamacli.server.failure import Failure
@@ -104,7 +105,10 @@ class App:
 
     def _table(self) -> dict[str, dict[str, Route]]:
         table = {path: {"POST": Route(self._get_data, is_work=True)} for path in contract.PATHS}
+        table["/"]["GET"] = Route(self._page, is_open=True)
+        table |= {path: {"GET": Route(self._asset, is_open=True)} for path in site.ASSETS}
         return table | {
+            "/openapi.json": {"GET": Route(self._describe, is_open=True)},
             "/v1/chat/completions": {"POST": Route(self._chat, is_work=True)},
             "/v1/completions": {"POST": Route(self._completion, is_work=True)},
             "/v1/embeddings": {"POST": Route(self._embeddings, is_work=True)},
@@ -257,6 +261,39 @@ class App:
 
     async def _show_metrics(self, call: Call) -> None:
         await call.exchange.respond(200, self._metrics.text(), METRICS_TYPE)
+
+    # -- what the server says of itself --
+
+    async def _page(self, call: Call) -> None:
+        await _send_asset(call, site.page(self._about(call)))
+
+    async def _asset(self, call: Call) -> None:
+        await _send_asset(call, site.ASSETS[call.exchange.path])
+
+    async def _describe(self, call: Call) -> None:
+        await _send_json(call, 200, description.describe(self._about(call)))
+
+    def _about(self, call: Call) -> About:
+        engine, facts = self._service.engine, self._service.engine.facts
+        return About(
+            url=url_of(call.exchange),
+            # The shortest: who has no key need not learn where the file lies.
+            model=min(self._served.names, key=len),
+            needs_key=self._gate.needs_key,
+            is_local=self._origins.is_loopback,
+            defaults=self._defaults,
+            max_body=self._max_body,
+            slots=self._service.slots,
+            queue=self._service.queue,
+            state="draining" if self._service.is_draining else engine.state,
+            context=facts.n_limit if facts else None,
+            format=facts.format if facts else None,
+            device=facts.device if facts else None,
+        )
+
+
+async def _send_asset(call: Call, asset: site.Asset) -> None:
+    await call.exchange.respond(200, asset.body, asset.content_type, headers=site.HEADERS)
 
 
 async def _send_json(call: Call, status: int, value: object) -> None:

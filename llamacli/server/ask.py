@@ -15,6 +15,9 @@ from llamacli.schema import grammar
 from llamacli.server.failure import Failure
 from llamacli.server.fields import Fields
 
+TEMPERATURE = (0, 2)
+SHARE = (0, 1)  # top_p and min_p
+REPEAT_PENALTY = (0, 2)  # 0 itself is refused
 MAX_STOPS = 16
 MAX_TOP_K = 2**31 - 1
 MAX_KEPT = 256  # grammars of schemas that clients send again and again
@@ -58,11 +61,11 @@ def sampling(fields: Fields, defaults: SamplingParams) -> SamplingParams:
     """The sampling fields that all routes know, over the server's own defaults."""
     given: dict[str, Any] = {
         "max_tokens": fields.integer("max_tokens", 1),
-        "temperature": fields.number("temperature", 0, 2),
-        "top_p": fields.number("top_p", 0, 1),
+        "temperature": fields.number("temperature", *TEMPERATURE),
+        "top_p": fields.number("top_p", *SHARE),
         "top_k": fields.integer("top_k", 0, MAX_TOP_K),
-        "min_p": fields.number("min_p", 0, 1),
-        "repeat_penalty": fields.number("repeat_penalty", 0, 2, is_low_allowed=False),
+        "min_p": fields.number("min_p", *SHARE),
+        "repeat_penalty": fields.number("repeat_penalty", *REPEAT_PENALTY, is_low_allowed=False),
         "seed": fields.integer("seed", 0, MAX_SEED),
         "stop": fields.texts("stop", MAX_STOPS) or None,
         "ignore_eos": fields.flag("ignore_eos"),

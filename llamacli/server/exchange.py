@@ -33,6 +33,7 @@ class Exchange:
     headers   names in lower case; of a header sent twice, the last
     socket    path of the Unix socket that it came by; None for TCP
     refusal   why the request cannot be answered: it could not even be read
+    port      that it came to; None for a Unix socket
     status    None until the answer has begun
     extra     headers that every answer of this exchange carries
     """
@@ -43,6 +44,7 @@ class Exchange:
         self.scheme: str = scope.get("scheme", "http")
         host, port = scope.get("server") or ("", 0)
         self.socket: str | None = host if port is None else None
+        self.port: int | None = port
         self.peer: str = (scope.get("client") or ("local",))[0]
         self.headers: dict[str, str] = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]

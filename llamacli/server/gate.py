@@ -35,6 +35,10 @@ class Gate:
 
     accounts: Accounts | None
 
+    @property
+    def needs_key(self) -> bool:
+        return self.accounts is not None and not self.accounts.ring.is_open
+
     def check(self, exchange: Exchange) -> Pass:
         """Whose request this is. Raises Failure 401 for a key that is missing or not in force."""
         if self.accounts is None:

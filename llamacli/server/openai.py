@@ -21,6 +21,9 @@ from llamacli.server.failure import Failure
 from llamacli.server.fields import Fields, parse
 
 MAX_N = 16
+MAX_TOP_LOGPROBS = 20
+PENALTY = (-2, 2)
+BIAS = (-100, 100)
 MAX_ANSWERS = 64  # of one request: prompts times n
 # Fields that do not change what a model like this one answers.
 WITHOUT_EFFECT = (
@@ -52,7 +55,7 @@ def read_chat(raw: bytes, defaults: SamplingParams) -> Request:
     callable_tools = tools.read(fields)
     messages = _messages(fields, callable_tools)
     params = _params(fields, defaults)
-    logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 20)
+    logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top is not None and not logprobs:
         raise Failure(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     if logprobs:
@@ -73,7 +76,7 @@ def read_completion(raw: bytes, defaults: SamplingParams) -> Request:
     fields = parse(raw)
     sources = _sources(fields)
     params = _params(fields, defaults)
-    logprobs = fields.integer("logprobs", 0, 20)
+    logprobs = fields.integer("logprobs", 0, MAX_TOP_LOGPROBS)
     if logprobs is not None:
         params = replace(params, logprobs=logprobs)
     if fields.flag("echo"):
@@ -115,8 +118,8 @@ def _params(fields: Fields, defaults: SamplingParams) -> SamplingParams:
         )
     given: dict[str, Any] = {
         "max_tokens": longest,
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", *PENALTY),
+        "presence_penalty": fields.number("presence_penalty", *PENALTY),
         "logit_bias": _logit_bias(fields),
     }
     return replace(params, **{name: value for name, value in given.items() if value is not None})
@@ -131,7 +134,7 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     biases = Fields(given, "logit_bias.")
     read = {}
     for token in given:
-        bias = biases.number(token, -100, 100)
+        bias = biases.number(token, *BIAS)
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise Failure(400, f"logit_bias.{token[:40]}: the names must be token ids", param="logit_bias")
         if bias is not None:

@@ -17,7 +17,7 @@ from llamacli.schema import grammar
 from llamacli.server.failure import Failure
 from llamacli.server.fields import Fields
 
-_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
+NAME = "[A-Za-z0-9_-]{1,64}"
 _CALL = re.compile(r' ?\{"name": ?"([\w-]+)", ?"arguments":', re.ASCII)
 ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 
@@ -90,7 +90,7 @@ def _function(tool: Fields) -> Function:
     if described is None:
         tool.refuse("function", "an object with the function's name")
     name = described.text("name")
-    if name is None or not _NAME.fullmatch(name):
+    if name is None or not re.fullmatch(NAME, name):
         described.refuse("name", "1 to 64 letters, digits, _ or -")
     described.flag("strict")
     parameters = described.take("parameters")
