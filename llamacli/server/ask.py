@@ -96,7 +96,9 @@ def _grammar_of(described: Fields) -> str:
     found = described.take("schema")
     if not isinstance(found, Mapping):
         described.refuse("schema", "a JSON schema")
-    described.know(["name", "description", "strict"])
+    for name in ("name", "description"):
+        described.text(name)
+    described.flag("strict")
     described.refuse_unknown()
     try:
         return _compiled(json.dumps(found))

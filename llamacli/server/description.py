@@ -93,8 +93,18 @@ class Operation:
     is_open: bool = False
 
 
-def _stream(what: str) -> Schema:
-    return {"type": "string", "description": f"Server-sent events, each with {what}; the last one is `data: [DONE]`."}
+def _stream(piece: Schema) -> Schema:
+    """A schema of one event: as whoever reads an event stream gets them."""
+    data: Schema = {
+        "type": "string",
+        "anyOf": [{"contentMediaType": JSON, "contentSchema": piece}, {"const": "[DONE]"}],
+    }
+    return {
+        "type": "object",
+        "description": "Server-sent events. This is one of them; the last one is [DONE].",
+        "properties": {"data": data},
+        "required": ["data"],
+    }
 
 
 _LLAMA2, _OPENAI, _SERVER = "Llama 2 API", "OpenAI API", "Server"
@@ -112,7 +122,7 @@ def operations(about: About) -> list[Operation]:
             tag=_LLAMA2,
             request="GetDataRequest",
             example=_EXAMPLE,
-            answers={JSON: ref("GetDataAnswer"), EVENTS: _stream("a GetDataEvent")},
+            answers={JSON: ref("GetDataAnswer"), EVENTS: _stream(ref("GetDataEvent"))},
             problems=_WORK,
         )
         for i, path in enumerate(contract.PATHS)
@@ -128,7 +138,10 @@ def operations(about: About) -> list[Operation]:
             tag=_OPENAI,
             request="ChatRequest",
             example={"model": about.model, "messages": hello},
-            answers={JSON: ref("ChatCompletion"), EVENTS: _stream("a chat.completion.chunk")},
+            answers={
+                JSON: ref("ChatCompletion"),
+                EVENTS: _stream({"type": "object", "description": "A chat.completion.chunk."}),
+            },
             problems=(*_WORK, 404),
         ),
         Operation(
@@ -139,7 +152,7 @@ def operations(about: About) -> list[Operation]:
             tag=_OPENAI,
             request="CompletionRequest",
             example={"model": about.model, "prompt": "Llama 2 is", "max_tokens": 20},
-            answers={JSON: ref("Completion"), EVENTS: _stream("a text_completion")},
+            answers={JSON: ref("Completion"), EVENTS: _stream({"type": "object", "description": "A text_completion."})},
             problems=(*_WORK, 404),
         ),
         Operation(

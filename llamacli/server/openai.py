@@ -81,7 +81,7 @@ def read_completion(raw: bytes, defaults: SamplingParams) -> Request:
         params = replace(params, logprobs=logprobs)
     if fields.flag("echo"):
         raise Failure(400, "echo is not supported: put the prompt before the answer yourself", param="echo")
-    if fields.take("suffix"):
+    if fields.text("suffix"):
         raise Failure(400, "suffix is not supported: this model does not fill gaps", param="suffix")
     if fields.integer("best_of", 1, MAX_N) not in (None, 1):
         raise Failure(400, "best_of is not supported: ask for n answers and choose", param="best_of")
