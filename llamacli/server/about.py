@@ -46,11 +46,17 @@ class About:
 def url_of(exchange: Exchange) -> str:
     """How whoever sent this request calls the server.
 
-    A proxy in front of it may speak https where we hear http. It is believed: what it says is shown, no more.
+    A proxy in front of it may speak https where we hear http, and go by another name. It is believed: what it says is
+    shown, no more.
     """
-    host = exchange.headers.get("host", "")
+    host = _first(exchange.headers.get("x-forwarded-host", "")) or exchange.headers.get("host", "")
     if not _HOST.fullmatch(host):
         host = f"localhost:{exchange.port}" if exchange.port else "localhost"
-    forwarded = exchange.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
+    forwarded = _first(exchange.headers.get("x-forwarded-proto", "")).lower()
     scheme = forwarded if forwarded in ("http", "https") else exchange.scheme
     return f"{scheme}://{host}"
+
+
+def _first(values: str) -> str:
+    """What the outermost of several proxies has said."""
+    return values.partition(",")[0].strip()

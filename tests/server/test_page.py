@@ -98,6 +98,8 @@ def test_the_page_has_the_url_that_the_browser_used(server: Server) -> None:
     assert url_on(server.request("GET", "/")) == server.url
     assert url_on(server.request("GET", "/", Host="localhost:9")) == "http://localhost:9"
     assert url_on(server.request("GET", "/", Host="[::1]:9", X_Forwarded_Proto="https")) == "https://[::1]:9"
+    proxied = {"X_Forwarded_Proto": "https, http", "X_Forwarded_Host": "llama.example.org"}
+    assert url_on(server.request("GET", "/", **proxied)) == "https://llama.example.org"
 
 
 def test_a_host_that_is_none_does_not_reach_the_code_that_people_copy(environment: dict[str, str]) -> None:
