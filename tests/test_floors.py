@@ -48,11 +48,17 @@ FLOORS = [
         "server.trace",
     ],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
-    ["server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen", "server.app"],
+    ["server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen"],
+    ["server.absent", "server.recording", "server.matching", "server.standin", "server.simulation", "server.script"],
+    [
+        *("server.recorder", "server.replay", "server.upstream", "server.rules", "server.replies"),
+        *("server.stage", "server.rehearsal", "server.app"),
+    ],
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
     ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
+        *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.models", "commands.serve"),
     ],
     ["commands.app"],

@@ -281,11 +281,62 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
+    ready_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write URL and key here, as JSON, when requests can come.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same requests get the same bytes, one answer at a time.")
+    ] = False,
+    record: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Add requests and answers to this recording.")
+    ] = None,
+    replay: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Answer from this recording; no model is loaded.")
+    ] = None,
+    replay_or_run: Annotated[
+        bool, typer.Option("--replay-or-run", help="Load the model, for what was not recorded.")
+    ] = False,
+    replay_timing: Annotated[
+        bool, typer.Option("--replay-timing", help="Take as long as when it was recorded.")
+    ] = False,
+    match_on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD,...", help="Fields by which recorded requests are found. [all] Repeatable."),
+    ] = None,
+    upstream: Annotated[
+        str | None, typer.Option(metavar="URL", help="Let this server answer, in place of a model.")
+    ] = None,
+    upstream_key: Annotated[
+        str | None,
+        typer.Option(envvar="LLAMACLI_UPSTREAM_KEY", show_envvar=True, help="The key for it. [the client's own]"),
+    ] = None,
+    remote_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long it may say nothing. [600]")
+    ] = None,
+    allow_simulation: Annotated[
+        bool, typer.Option("--allow-simulation", help="Let X-Simulate and /simulation make faults.")
+    ] = False,
+    simulate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rules for faults, in TOML; with --allow-simulation.")
+    ] = None,
 ) -> int:
     """Serve the Llama 2 API and the OpenAI API over HTTP."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import rehearsal
     from llamacli.commands import serve as command
 
+    testing = rehearsal.Wishes(
+        is_deterministic=deterministic,
+        record=Path(record) if record else None,
+        replay=Path(replay) if replay else None,
+        runs_too=replay_or_run,
+        keeps_time=replay_timing,
+        match_on=tuple(match_on or ()),
+        upstream=upstream,
+        upstream_key=upstream_key or None,
+        allows_simulation=allow_simulation,
+        simulate=Path(simulate) if simulate else None,
+    )
     wishes = command.Wishes(
         host=host,
         port=port,
@@ -297,6 +348,8 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         max_body=max_body,
         grace=grace,
+        ready_file=Path(ready_file) if ready_file else None,
+        testing=testing,
     )
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 

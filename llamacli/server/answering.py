@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 from llamacli.engine.sequence import Delta, FinishReason
 from llamacli.engine.supervisor import Embedded
@@ -16,14 +17,24 @@ from llamacli.server.ask import Ask
 from llamacli.server.exchange import ClientGone, Exchange
 from llamacli.server.log import Record
 from llamacli.server.metrics import Metrics
-from llamacli.server.service import Service, Work
+from llamacli.server.service import Work
 
 STALL_SECONDS = 60.0  # for a client that does not read what it asked for
 
 
+class Opens(Protocol):
+    """Lets asks in: a Service, or a script in its place."""
+
+    async def open(self, ask: Ask) -> Work: ...
+
+    def close(self, work: Work) -> None: ...
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embedded: ...
+
+
 @dataclass(slots=True)
 class Answering:
-    service: Service
+    service: Opens
     metrics: Metrics
 
     async def answer(self, exchange: Exchange, record: Record, ask: Ask, shape: Shape) -> None:
@@ -81,12 +92,13 @@ class Answering:
             else:
                 events = shape.piece(answer, deltas)
             if events:
-                await _send(exchange, events)
+                await send(exchange, events)
         _check(work)
-        await _send(exchange, shape.closing(work.answers), last=True)
+        await send(exchange, shape.closing(work.answers), last=True)
 
 
-async def _send(exchange: Exchange, events: bytes, *, last: bool = False) -> None:
+async def send(exchange: Exchange, events: bytes, *, last: bool = False) -> None:
+    """Raises ClientGone for a client that reads nothing for too long."""
     try:
         async with asyncio.timeout(STALL_SECONDS):
             await exchange.events(events, last=last)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter, time
 
 from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import LlamacliError
 from llamacli.server import access, contract, embeddings, failure, openai
-from llamacli.server.answering import Answering
+from llamacli.server.answering import Answering, Opens
 from llamacli.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from llamacli.server.failure import Failure
 from llamacli.server.gate import Gate, Pass
 from llamacli.server.log import Log, Record
 from llamacli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from llamacli.server.metrics import Metrics
+from llamacli.server.recorder import Tape
+from llamacli.server.rehearsal import Rehearsal
 from llamacli.server.service import Service
-from llamacli.server.trace import trace_id
+from llamacli.server.simulation import CutOff
+from llamacli.server.stage import ROUTES, Sent
 
 CLIENT_GONE = 499  # nginx's number for a client that went away; for the log alone
 BODY_SECONDS = 30.0
@@ -29,12 +33,23 @@ Handler = Callable[["Call"], Awaitable[None]]
 
 @dataclass(slots=True)
 class Call:
-    """One request on its way through the server."""
+    """One request on its way through the server.
+
+    moment   seconds since 1970
+    raw      its body; None before it has been read
+    script   what answers in the engine's place
+    tape, sent   of a rehearsal: what listens to the answer, and what is remembered of the request
+    """
 
     exchange: Exchange
     record: Record
     started: float
     entry: Pass = field(default_factory=Pass)
+    moment: int = 0
+    raw: bytes | None = None
+    script: Opens | None = None
+    tape: Tape | None = None
+    sent: Sent | None = None
 
     @property
     def trace_id(self) -> str:
@@ -72,6 +87,7 @@ class App:
 
     defaults   sampling where a request says nothing
     max_body   bytes
+    rehearsal    what is different where clients are tested
     own_socket   path of the Unix socket that only this server's user can open: who comes by it may do everything
     """
 
@@ -86,6 +102,7 @@ class App:
         metrics: Metrics,
         log: Log,
         max_body: int,
+        rehearsal: Rehearsal | None = None,
         own_socket: str | None = None,
     ) -> None:
         self._own_socket = own_socket
@@ -97,11 +114,13 @@ class App:
         self._metrics = metrics
         self._log = log
         self._max_body = max_body
-        self._answering = Answering(service, metrics)
+        self._rehearsal = rehearsal or Rehearsal()
         self._routes = self._table()
 
     def _table(self) -> dict[str, dict[str, Route]]:
         table = {path: {"POST": Route(self._get_data, is_work=True)} for path in contract.PATHS}
+        if self._rehearsal.stage is not None:
+            table |= {path: {method: Route(self._obey)} for path, method in ROUTES.items()}
         return table | {
             "/v1/chat/completions": {"POST": Route(self._chat, is_work=True)},
             "/v1/completions": {"POST": Route(self._completion, is_work=True)},
@@ -115,11 +134,14 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "started without lifespan and websockets"
         exchange = Exchange(scope, receive, send)
-        record = Record(exchange.method, exchange.path, trace_id(exchange.headers))
-        call = Call(exchange, record, perf_counter())
+        origin = self._rehearsal.origin
+        is_work = exchange.method == "POST" and self._is_work(exchange.path)
+        record = Record(exchange.method, exchange.path, origin.trace_id(exchange.headers, is_work=is_work))
+        call = Call(exchange, record, perf_counter(), moment=origin.now())
         exchange.extra.append(("x-trace-id", call.trace_id))
         try:
-            await self._guarded(call)
+            with suppress(ClientGone, CutOff):  # while it was told of an error
+                await self._guarded(call)
         finally:
             self._note(call)
 
@@ -133,6 +155,8 @@ class App:
             await self._fail(call, failure.of(error))
         except ClientGone:
             call.record.status = CLIENT_GONE
+        except CutOff:
+            pass  # the client has got what was asked for
         except Exception as error:
             self._log.event("bug", "".join(traceback.format_exception(error)).rstrip())
             message = f"an unexpected error ({type(error).__name__}); the server's log tells more under this trace id"
@@ -147,13 +171,36 @@ class App:
         if access.is_preflight(exchange.method, exchange.headers):
             await exchange.respond(204, b"", headers=access.preflight_headers(exchange.headers))
             return
+        if self._rehearsal.stage is not None:
+            call.raw = await self._body(call)
+            call.sent = self._rehearsal.hear(exchange, call.raw)
         route = self._route(exchange)
         if not route.is_open and not is_own:
             call.entry = self._gate.check(exchange)
             call.record.key = call.entry.name
         if route.is_work:
             self._gate.admit(call.entry)
-        await route.handler(call)
+        if self._rehearsal.is_idle:
+            await route.handler(call)
+        else:
+            await self._rehearse(call, route)
+
+    async def _rehearse(self, call: Call, route: Route) -> None:
+        rehearsal, exchange, record = self._rehearsal, call.exchange, call.record
+        if not route.is_work:
+            await rehearsal.befall(exchange, record, call.raw or b"", is_work=False)
+            await route.handler(call)
+            return
+
+        async def run(script: Opens | None) -> None:
+            call.script = script
+            await route.handler(call)
+
+        with self._service.beside():
+            call.raw = await self._body(call)
+            call.tape = rehearsal.listen(exchange)
+            await rehearsal.befall(exchange, record, call.raw, is_work=True)
+            await rehearsal.answer(exchange, record, call.raw, run)
 
     def _route(self, exchange: Exchange) -> Route:
         methods = self._routes.get(exchange.path)
@@ -185,42 +232,53 @@ class App:
         record, exchange = call.record, call.exchange
         record.status = record.status or exchange.status or CLIENT_GONE
         record.seconds = perf_counter() - call.started
-        is_known = exchange.path in self._routes
-        route = exchange.path if is_known else "other"
+        route = exchange.path if exchange.path in self._routes else "other"
         self._metrics.request(route, record.status, record.prompt_tokens, record.completion_tokens)
-        is_work = is_known and any(each.is_work for each in self._routes[exchange.path].values())
-        self._gate.leave(call.entry, record, is_counted=is_work and exchange.method == "POST")
+        is_counted = exchange.method == "POST" and self._is_work(exchange.path)
+        self._gate.leave(call.entry, record, is_counted=is_counted)
         self._log.request(record)
+        if call.tape is not None:
+            self._rehearsal.keep(call.tape, exchange, record, call.raw or b"")
+        if call.sent is not None:
+            call.sent.status = record.status
+
+    def _is_work(self, path: str) -> bool:
+        return any(route.is_work for route in self._routes.get(path, {}).values())
 
     # -- routes that ask the model --
 
     async def _get_data(self, call: Call) -> None:
         request = contract.read(await self._body(call), self._defaults)
         shape = contract.ContractShape(self._served.name, call.trace_id, request.ignored)
-        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+        await self._answering(call).answer(call.exchange, call.record, request.ask, shape)
 
     async def _chat(self, call: Call) -> None:
         request = openai.read_chat(await self._body(call), self._defaults)
         self._check_model(request.model)
-        frame = openai.frame("chatcmpl", call.trace_id, self._served.name, self._now())
+        frame = openai.frame("chatcmpl", call.trace_id, self._served.name, call.moment)
         shape = openai.ChatShape(frame, request, self._served.piece_of)
-        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+        await self._answering(call).answer(call.exchange, call.record, request.ask, shape)
 
     async def _completion(self, call: Call) -> None:
         request = openai.read_completion(await self._body(call), self._defaults)
         self._check_model(request.model)
-        frame = openai.frame("cmpl", call.trace_id, self._served.name, self._now())
+        frame = openai.frame("cmpl", call.trace_id, self._served.name, call.moment)
         shape = openai.CompletionShape(frame, request, self._served.piece_of)
-        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+        await self._answering(call).answer(call.exchange, call.record, request.ask, shape)
 
     async def _embeddings(self, call: Call) -> None:
         request = embeddings.read(await self._body(call))
         self._check_model(request.model)
-        made = await self._answering.embed(call.exchange, call.record, request.inputs)
+        made = await self._answering(call).embed(call.exchange, call.record, request.inputs)
         await call.exchange.respond(200, embeddings.body(request, made.vectors, made.n_tokens, self._served.name))
 
     async def _body(self, call: Call) -> bytes:
-        return await call.exchange.body(self._max_body, BODY_SECONDS)
+        if call.raw is None:
+            call.raw = await call.exchange.body(self._max_body, BODY_SECONDS)
+        return call.raw
+
+    def _answering(self, call: Call) -> Answering:
+        return Answering(call.script or self._service, self._metrics)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._served.names:
@@ -231,10 +289,11 @@ class App:
                 code="model_not_found",
             )
 
-    def _now(self) -> int:
-        return int(time())
-
     # -- routes that do not --
+
+    async def _obey(self, call: Call) -> None:
+        assert self._rehearsal.stage is not None
+        await _send_json(call, 200, self._rehearsal.stage.obey(call.exchange, await self._body(call)))
 
     async def _models(self, call: Call) -> None:
         listed = [openai.model_object(self._served.name, self._served.created)]

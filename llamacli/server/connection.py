@@ -29,6 +29,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["state"]["transport"] = self.transport  # for whoever has to break the connection
         if self._deadline is None:
             self._expect_headers()
 

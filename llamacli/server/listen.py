@@ -91,7 +91,7 @@ def url_of(bound: socket.socket) -> str:
 class Http(uvicorn.Server):
     """uvicorn with our signals instead of its own."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, *, tells_date: bool = True) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -102,6 +102,7 @@ class Http(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                date_header=tells_date,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=1,
