@@ -63,10 +63,11 @@ FLOORS = [
     ],
     ["commands.app"],
     ["__main__"],
+    ["testing.api", "testing.process", "testing.plugin"],
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    "commands.__init__",
+    *("commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -83,6 +84,7 @@ HOMES = {
     "rich": ["commands.progress", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
+    "pytest": ["testing.plugin"],
     "truststore": ["models.ranges"],
 }
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}

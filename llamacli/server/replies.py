@@ -23,6 +23,8 @@ _KEYS = (
 )
 _CONTENTS = ("text", "pieces", "json", "body", "events")
 
+FOR_ALL = (None, None)
+
 
 @dataclass(slots=True)
 class Reply:
@@ -50,6 +52,11 @@ class Reply:
         is_route = self.route is None or route_of(path) == self.route
         return is_route and (self.when is None or self.when.search(text) is not None)
 
+    @property
+    def kind(self) -> tuple[str | None, str | None]:
+        """Which requests it is for."""
+        return self.route, self.when.pattern if self.when else None
+
     async def answer(self, exchange: Exchange) -> None:
         """Send it. Raises Failure for one that is an error. Not for a script."""
         if self.failure is not None:
@@ -64,7 +71,9 @@ class Reply:
 
 
 class Replies:
-    """Each is given once; the last one that fits stays, unless it was to be given a number of times."""
+    """Those for certain requests go before those for all. Of one kind each is given once, in their order, and the last
+    one stays, unless it was to be given a number of times.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[Reply] = []
@@ -82,10 +91,11 @@ class Replies:
         fitting = [reply for reply in self._waiting if reply.fits(path, text)]
         if not fitting:
             return None
-        reply = fitting[0]
+        reply = next((each for each in fitting if each.kind != FOR_ALL), fitting[0])
+        is_last = sum(each.kind == reply.kind for each in fitting) == 1
         if reply.times is not None:
             reply.times -= 1
-        if reply.times == 0 or (reply.times is None and len(fitting) > 1):
+        if reply.times == 0 or (reply.times is None and not is_last):
             self._waiting.remove(reply)
         return reply
 
