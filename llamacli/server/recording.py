@@ -259,7 +259,8 @@ def head(model: str, defaults: Mapping[str, object]) -> bytes:
 
 def written(entry: Recorded, secrets: Iterable[str] = ()) -> bytes:
     """A line. `secrets` are left out, wherever they stand."""
-    hidden = [secret for secret in secrets if len(secret) >= MIN_SECRET]
+    plain = [secret for secret in secrets if len(secret) >= MIN_SECRET]
+    hidden = [form for secret in plain for form in (secret, json.dumps(secret)[1:-1])]  # as JSON spells it, too
     response: dict[str, Any] = {"status": entry.status, "headers": dict(entry.headers)}
     chunks = [(round(chunk.after, 4), _without(chunk.data, hidden)) for chunk in entry.chunks]
     if entry.is_stream:
@@ -282,7 +283,6 @@ def _without(raw: bytes, secrets: Iterable[str]) -> bytes:
 
 
 def _scrubbed(value: Any, secrets: Sequence[str]) -> Any:
-    """Secrets that JSON spells in its own way are found here."""
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, SCRUBBED)
