@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamacli.config import Settings
 from llamacli.engine.sequence import SamplingParams
@@ -21,7 +22,9 @@ from llamacli.server.rules import Rules
 from llamacli.server.stage import Stage
 from llamacli.server.standin import StandIn
 from llamacli.server.trace import Counted, Drawn
-from llamacli.server.upstream import Upstream
+
+if TYPE_CHECKING:
+    from llamacli.server.upstream import Upstream
 
 SEED = 0  # of a deterministic server whose settings name none
 
@@ -137,6 +140,7 @@ def _told(defaults: SamplingParams) -> dict[str, object]:
 def _upstream(wishes: Wishes, settings: Settings, accounts: Accounts | None) -> Upstream | None:
     if wishes.upstream is None:
         return None
+    from llamacli.server.upstream import Upstream
 
     def is_ours(key: str) -> bool:
         return accounts is not None and accounts.ring.check(key) is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from llamacli.server import simulation, upstream
+from llamacli.server import simulation
 from llamacli.server.absent import NoModel
 from llamacli.server.access import presented_keys
 from llamacli.server.answering import Opens
@@ -17,7 +17,7 @@ from llamacli.server.failure import Failure
 from llamacli.server.log import Record
 from llamacli.server.recorder import Recorder, Tape
 from llamacli.server.stage import Sent, Stage
-from llamacli.server.standin import StandIn
+from llamacli.server.standin import UPSTREAM, StandIn
 from llamacli.server.trace import Counted, Drawn
 
 # Failures from here on are the server's own state (a full queue, a model that is loading): no answers to a question.
@@ -57,7 +57,7 @@ class Rehearsal:
 
     def keep(self, tape: Tape, exchange: Exchange, record: Record, raw: bytes) -> None:
         """Record an answer, if it is one: whole, true, and not from a recording already."""
-        is_true = record.source in ("", upstream.SOURCE) and not record.simulated
+        is_true = record.source in ("", UPSTREAM) and not record.simulated
         is_ours = bool(record.error) and record.status >= FIRST_UNRECORDED
         if self.recorder is None or not tape.is_whole or not is_true or is_ours:
             return

@@ -9,6 +9,8 @@ from llamacli.server.failure import Failure
 from llamacli.server.log import Record
 from llamacli.server.trace import given_trace_id
 
+UPSTREAM = "upstream"  # the source of an answer, in the log
+
 
 class StandIn(Protocol):
     async def answer(self, raw: bytes, exchange: Exchange, record: Record) -> Failure | None:

@@ -17,11 +17,10 @@ from llamacli.server.failure import Failure, speaks_openai
 from llamacli.server.log import Record
 from llamacli.server.matching import GET_DATA, route_of
 from llamacli.server.recorder import is_kept
-from llamacli.server.standin import take_over_trace_id
+from llamacli.server.standin import UPSTREAM, take_over_trace_id
 
 OPTION = "--upstream"
 KEY_VARIABLE = "LLAMACLI_UPSTREAM_KEY"
-SOURCE = "upstream"
 MAX_AT_ONCE = 64
 _PASSED_ON = ("content-type", "accept", "cache-control", "traceparent", "x-request-id")
 
@@ -52,7 +51,7 @@ class Upstream:
 
     async def answer(self, raw: bytes, exchange: Exchange, record: Record) -> Failure | None:
         """A StandIn, which always has an answer. Raises RemoteError (502) when it has none to give."""
-        record.source = SOURCE
+        record.source = UPSTREAM
         loop = asyncio.get_running_loop()
         to, headers = self._address(route_of(exchange.path)), self._headers(exchange)
         watcher = asyncio.ensure_future(exchange.gone())
