@@ -225,7 +225,9 @@ def _headers(value: object) -> tuple[tuple[str, str], ...]:
 
 
 def is_header(name: str, text: str) -> bool:
-    return _HEADER_NAME.fullmatch(name) is not None and text.isascii() and text.isprintable()
+    """Whether an answer may have it. How its body is framed is not for a header to say."""
+    is_framing = name.lower() in ("content-length", "transfer-encoding")
+    return _HEADER_NAME.fullmatch(name) is not None and text.isascii() and text.isprintable() and not is_framing
 
 
 def _chunks(response: dict[str, Any]) -> tuple[Chunk, ...]:

@@ -113,9 +113,10 @@ def read(value: Mapping[str, Any]) -> Reply:
         raise UsageError("status must be a number between 200 and 599")
     if not given and status < 400:
         raise UsageError(f"a reply needs one of {', '.join(_CONTENTS)}, or a status of 400 or more")
-    reply = Reply(
-        status=status, headers=_headers(value.get("headers") or {}), content_type=value.get("content_type") or JSON
-    )
+    content_type = value.get("content_type") or JSON
+    if not isinstance(content_type, str) or not is_header("content-type", content_type):
+        raise UsageError("content_type must be a type such as text/html")
+    reply = Reply(status=status, headers=_headers(value.get("headers") or {}), content_type=content_type)
     _contents(reply, value, given[0] if given else "")
     reply.route = route_of(value["route"]) if value.get("route") is not None else None
     reply.when = _pattern(value.get("when"))

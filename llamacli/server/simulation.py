@@ -25,7 +25,7 @@ HEADER = "x-simulate"
 MARK = "x-simulated"
 MAX_SECONDS = 3600.0
 LET_GO_SECONDS = 5.0  # for what was sent before the cut to be read
-_END = b"\n\n"
+_EVENT = re.compile(rb"(.*?)(\r?\n\r?\n)", re.DOTALL)
 _DRIPS = 10  # a second, of slow bytes
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+/[\x21-\x7e ]+", re.ASCII)
 
@@ -153,6 +153,7 @@ class _Way:
         self._start: MutableMapping[str, Any] | None = None
         self._length: int | None = None  # of the body; None for a stream
         self._n_events = 0
+        self._rest = b""  # of an event whose end has not come yet
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -188,17 +189,20 @@ class _Way:
             await self._send(self._start)
             self._start = None
             await self._cut_if_due()
-        for part in data.split(_END):
-            if not part:
-                continue
-            if self._n_events and self._fault.token_rate:
-                await _wait(1 / self._fault.token_rate, self._exchange)
-            async for piece in self._dripping(self._halved(part) + _END):
-                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-            self._n_events += 1
-            await self._cut_if_due()
+        self._rest += data
+        while event := _EVENT.match(self._rest):
+            self._rest = self._rest[event.end() :]
+            await self._event(self._halved(event[1]) + event[2])
         if is_last:
-            await self._send({"type": "http.response.body", "body": b""})
+            await self._send({"type": "http.response.body", "body": self._rest})
+
+    async def _event(self, event: bytes) -> None:
+        if self._n_events and self._fault.token_rate:
+            await _wait(1 / self._fault.token_rate, self._exchange)
+        async for piece in self._dripping(event):
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        self._n_events += 1
+        await self._cut_if_due()
 
     def _halved(self, event: bytes) -> bytes:
         is_first = self._n_events == 0

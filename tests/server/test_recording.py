@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from llamacli.errors import UsageError
 from llamacli.server import matching, recording, rules, simulation
+from llamacli.server.exchange import Exchange
 from llamacli.server.matching import Matcher
 from llamacli.server.recorder import Recorder
 from llamacli.server.recording import Chunk, Recorded
@@ -179,6 +182,40 @@ def test_the_fields_that_count_can_be_chosen_and_a_stream_always_counts() -> Non
 def test_a_strange_fault_is_refused(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said.replace("(", r"\(")):
         simulation.parse(text)
+
+
+def spoilt(fault: str, *parts: bytes) -> list[bytes]:
+    """What comes out of a stream that was sent in these parts."""
+    sent: list[bytes] = []
+
+    async def nothing() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def keep(message: MutableMapping[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def run() -> None:
+        scope = {"method": "POST", "path": "/", "headers": [], "query_string": b""}
+        exchange = Exchange(scope, nothing, keep)
+        await simulation.befall(simulation.parse(fault), exchange)
+        await exchange.start_events()
+        for part in parts:
+            await exchange.events(part)
+        await exchange.events(b"", last=True)
+
+    asyncio.run(run())
+    return [part for part in sent if part]
+
+
+def test_events_are_told_apart_however_they_were_cut_on_their_way() -> None:
+    assert spoilt("cut-after=99", b"data: a\n", b"\ndata: b\n\nda", b"ta: c\n\n") == [
+        b"data: a\n\n",
+        b"data: b\n\n",
+        b"data: c\n\n",
+    ]
+    assert spoilt("malformed", b"data: {}\r\n\r\ndata: b\r\n\r\n") == [b"data\r\n\r\n", b"data: b\r\n\r\n"]
+    assert spoilt("delay=0", b"data: no end") == [b"data: no end"]
 
 
 def fired(rule: str, bodies: list[str], tmp_path: Path) -> list[bool]:

@@ -87,6 +87,8 @@ def test_a_fresh_server_gives_the_same_bytes_again_whatever_was_asked_beside(
         server.request("GET", "/ready")  # somebody looks, and it does not show
         assert answers_of(server) == recorded[1]
         assert server.request("GET", "/v1/models").json["data"][0]["created"] == 1_700_000_000
+        home = Path(environment["LLAMACLI_HOME"])
+        assert not list(home.rglob("*.sock")), "no place for a user's own questions"
 
 
 def test_a_recording_replays_identically_from_another_server(
@@ -441,6 +443,13 @@ def test_a_test_may_bring_its_own_recording(tmp_path: Path, llama2_api: Llama2Ap
         llama2_api.replay(tmp_path / "said.jsonl")
 
 
+def test_a_reply_speaks_for_any_model(llama2_api: Llama2Api) -> None:
+    llama2_api.reply("yes")
+    body = {"model": "their-model", "messages": [{"role": "user", "content": "hi"}]}
+    said = ask(llama2_api, body, "/v1/chat/completions")
+    assert (said["model"], said["choices"][0]["message"]["content"]) == ("their-model", "yes")
+
+
 def test_what_makes_no_sense_is_told_where_the_test_says_it(llama2_api: Llama2Api) -> None:
     with pytest.raises(ValueError, match="a reply needs one of text"):
         llama2_api.reply()
@@ -448,6 +457,6 @@ def test_what_makes_no_sense_is_told_where_the_test_says_it(llama2_api: Llama2Ap
         llama2_api.simulate(status=42)
 
 
-def ask(api: Llama2Api, body: dict[str, Any]) -> Any:
+def ask(api: Llama2Api, body: dict[str, Any], path: str = "/v1/getData") -> Any:
     server = Server(None, api.url)  # type: ignore[arg-type]
-    return server.post(body, Ocp_Apim_Subscription_Key=api.key).json
+    return server.post(body, path, Ocp_Apim_Subscription_Key=api.key).json
