@@ -61,7 +61,7 @@ FLOORS = [
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.models", "commands.serve"),
     ],
-    ["commands.app"],
+    ["commands.testing_options", "commands.app"],
     ["__main__"],
     ["testing.api", "testing.process", "testing.plugin"],
 ]
@@ -80,7 +80,7 @@ HOMES = {
     "prometheus_client": ["server.metrics"],
     "uvicorn": ["server.connection", "server.listen"],
     "uvloop": ["commands.serve"],
-    "typer": ["commands.app"],
+    "typer": ["commands.testing_options", "commands.app"],
     "rich": ["commands.progress", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],

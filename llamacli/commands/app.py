@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamacli import __version__
+from llamacli.commands import testing_options
 from llamacli.config import Resolved, directories, resolve
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
@@ -281,44 +282,18 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
-    ready_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write URL and key here, as JSON, when requests can come.")
-    ] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same requests get the same bytes, one answer at a time.")
-    ] = False,
-    record: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Add requests and answers to this recording.")
-    ] = None,
-    replay: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Answer from this recording; no model is loaded.")
-    ] = None,
-    replay_or_run: Annotated[
-        bool, typer.Option("--replay-or-run", help="Load the model, for what was not recorded.")
-    ] = False,
-    replay_timing: Annotated[
-        bool, typer.Option("--replay-timing", help="Take as long as when it was recorded.")
-    ] = False,
-    match_on: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD,...", help="Fields by which recorded requests are found. [all] Repeatable."),
-    ] = None,
-    upstream: Annotated[
-        str | None, typer.Option(metavar="URL", help="Let this server answer, in place of a model.")
-    ] = None,
-    upstream_key: Annotated[
-        str | None,
-        typer.Option(envvar="LLAMACLI_UPSTREAM_KEY", show_envvar=True, help="The key for it. [the client's own]"),
-    ] = None,
-    remote_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="How long it may say nothing. [600]")
-    ] = None,
-    allow_simulation: Annotated[
-        bool, typer.Option("--allow-simulation", help="Let X-Simulate and /simulation make faults.")
-    ] = False,
-    simulate: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rules for faults, in TOML; with --allow-simulation.")
-    ] = None,
+    ready_file: testing_options.ReadyFile = None,
+    deterministic: testing_options.Deterministic = False,
+    record: testing_options.Record = None,
+    replay: testing_options.Replay = None,
+    replay_or_run: testing_options.ReplayOrRun = False,
+    replay_timing: testing_options.ReplayTiming = False,
+    match_on: testing_options.MatchOn = None,
+    upstream: testing_options.Upstream = None,
+    upstream_key: testing_options.UpstreamKey = None,
+    remote_timeout: testing_options.UpstreamTimeout = None,
+    allow_simulation: testing_options.AllowSimulation = False,
+    simulate: testing_options.Simulate = None,
 ) -> int:
     """Serve the Llama 2 API and the OpenAI API over HTTP."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}

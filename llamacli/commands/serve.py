@@ -18,7 +18,7 @@ from llamacli.commands.ready_file import ReadyFile
 from llamacli.commands.rehearsal import Rehearsing
 from llamacli.config import Directories, Settings
 from llamacli.engine.sequence import SamplingParams
-from llamacli.engine.supervisor import EngineProcess
+from llamacli.engine.supervisor import STALL_SECONDS, EngineProcess
 from llamacli.errors import UsageError
 from llamacli.server import listen, presence
 from llamacli.server.absent import NoEngine
@@ -31,6 +31,7 @@ from llamacli.server.log import Log
 from llamacli.server.metrics import Metrics
 from llamacli.server.presence import FileState
 from llamacli.server.service import Service
+from llamacli.server.simulation import MAX_SECONDS
 from llamacli.server.trace import COUNTED_FROM
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def _engine(settings: Settings, wishes: Wishes, places: Directories, log: Log) -
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
     recipe = launching.serving(settings, file, places.cache, options)
-    return EngineProcess(recipe, notice=lambda line: log.event("notice", line)), file
+    patience = MAX_SECONDS if wishes.testing.allows_simulation else STALL_SECONDS
+    return EngineProcess(recipe, notice=lambda line: log.event("notice", line), stall_seconds=patience), file
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Exchange:
     socket    path of the Unix socket that it came by; None for TCP
     status    None until the answer has begun
     transport   the connection itself, for whoever has to break it
+    is_slow_on_purpose   what takes long to be sent is no client that does not read
     extra     headers that every answer of this exchange carries
     """
 
@@ -49,6 +50,7 @@ class Exchange:
         self.status: int | None = None
         self.extra: list[tuple[str, str]] = []
         self.transport: asyncio.Transport | None = scope.get("state", {}).get("transport")
+        self.is_slow_on_purpose = False
         self._receive = receive
         self._send = send
 

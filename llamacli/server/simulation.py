@@ -23,7 +23,7 @@ from llamacli.server.failure import Failure
 
 HEADER = "x-simulate"
 MARK = "x-simulated"
-MAX_SECONDS = 3600.0
+MAX_SECONDS = 3600.0  # of a delay; a model's answer waits as long for its slowed stream
 LET_GO_SECONDS = 5.0  # for what was sent before the cut to be read
 _EVENT = re.compile(rb"(.*?)(\r?\n\r?\n)", re.DOTALL)
 _DRIPS = 10  # a second, of slow bytes
@@ -135,6 +135,7 @@ async def befall(fault: Fault, exchange: Exchange) -> None:
     Raises Failure for a status, CutOff for a connection that is broken, ClientGone when nobody waits any more.
     """
     exchange.extra.append((MARK, fault.shown))
+    exchange.is_slow_on_purpose = True
     await _wait(fault.delay, exchange)
     if fault.reset and fault.cut_after is None:
         await _break(exchange, is_reset=True)
