@@ -11,7 +11,6 @@ from llamacli.config import Settings
 from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import UsageError
 from llamacli.server import matching, recording, rules
-from llamacli.server.accounts import Accounts
 from llamacli.server.log import Log
 from llamacli.server.matching import Matcher
 from llamacli.server.recorder import Recorder
@@ -24,6 +23,7 @@ from llamacli.server.standin import StandIn
 from llamacli.server.trace import Counted, Drawn
 
 if TYPE_CHECKING:
+    from llamacli.server.accounts import Accounts
     from llamacli.server.upstream import Upstream
 
 SEED = 0  # of a deterministic server whose settings name none
@@ -82,30 +82,30 @@ class Wishes:
 
 @dataclass(slots=True)
 class Rehearsing:
-    """A rehearsal put together, and the names that its server goes by. `recorded`: the recording that is replayed."""
+    """A rehearsal put together, and the names that its server goes by."""
 
     rehearsal: Rehearsal
     model: str
     names: frozenset[str]
+    upstream: Upstream | None = None
+
+    def keep_keys_of(self, accounts: Accounts | None) -> None:
+        """What opens this server is not for another one."""
+        if self.upstream is not None and accounts is not None:
+            ring = accounts.ring
+            self.upstream.is_ours = lambda key: ring.check(key) is not None
 
     def close(self) -> None:
         if self.rehearsal.recorder is not None:
             self.rehearsal.recorder.close()
 
 
-def prepared(
-    wishes: Wishes,
-    settings: Settings,
-    defaults: SamplingParams,
-    accounts: Accounts | None,
-    keys: Sequence[str],
-    log: Log,
-) -> Rehearsing:
+def prepared(wishes: Wishes, settings: Settings, defaults: SamplingParams, keys: Sequence[str], log: Log) -> Rehearsing:
     """Read what has to be read. Raises UsageError for a file that is not as it should be."""
     match_on = matching.chosen(wishes.match_on)
     recorded = recording.read(wishes.replay) if wishes.replay is not None else None
     fixed = rules.read(wishes.simulate) if wishes.simulate is not None else Rules()
-    upstream = _upstream(wishes, settings, accounts)
+    upstream = _upstream(wishes, settings)
     model, names = settings.model, _names(recorded)
     if not wishes.needs_model:
         model = upstream.shown if upstream is not None else recorded.model if recorded is not None else model
@@ -122,7 +122,7 @@ def prepared(
         stage=stage,
         secrets=[*keys, *([wishes.upstream_key] if wishes.upstream_key else [])],
     )
-    return Rehearsing(rehearsal, model, names | {model})
+    return Rehearsing(rehearsal, model, names | {model}, upstream)
 
 
 def _recorder(wishes: Wishes, model: str, defaults: SamplingParams, log: Log) -> Recorder | None:
@@ -137,15 +137,12 @@ def _told(defaults: SamplingParams) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _upstream(wishes: Wishes, settings: Settings, accounts: Accounts | None) -> Upstream | None:
+def _upstream(wishes: Wishes, settings: Settings) -> Upstream | None:
     if wishes.upstream is None:
         return None
     from llamacli.server.upstream import Upstream
 
-    def is_ours(key: str) -> bool:
-        return accounts is not None and accounts.ring.check(key) is not None
-
-    return Upstream(wishes.upstream, wishes.upstream_key, settings.remote_timeout, is_ours)
+    return Upstream(wishes.upstream, wishes.upstream_key, settings.remote_timeout)
 
 
 def _names(recorded: Recording | None) -> frozenset[str]:

@@ -89,10 +89,11 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     ready_file = ReadyFile(wishes.ready_file) if wishes.ready_file else None
     if ready_file:
         ready_file.prepare()
+    rehearsing = rehearsal.prepared(wishes.testing, settings, defaults, wishes.api_keys, log)
     engine, file = _engine(settings, wishes, places, log) if wishes.testing.needs_model else (NoEngine(), None)
     bound = listen.bind_unix(wishes.uds) if wishes.uds else listen.bind(wishes.host, wishes.port)
     accounts = _accounts(wishes, places, log)
-    rehearsing = rehearsal.prepared(wishes.testing, settings, defaults, accounts, wishes.api_keys, log)
+    rehearsing.keep_keys_of(accounts)
     # What is there for tests is no place for the questions of a user's own `run`.
     own = _bind_own(places, file, log) if file is not None and not wishes.testing.is_on else None
     loop_factory = _loop_factory()

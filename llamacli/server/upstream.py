@@ -36,7 +36,7 @@ class Upstream:
     url: str
     key: str | None
     silence: float
-    is_ours: Callable[[str], bool]
+    is_ours: Callable[[str], bool] = lambda key: False
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="upstream")
     )
