@@ -35,6 +35,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.serving --model "$$MODEL"
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.listing
+	$(BIN)/python -m benchmarks.rehearsal
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,6 +71,10 @@ def below(limit: float, unit: str) -> Goal:
     return Goal(f"< {limit:g} {unit}", lambda ours, _: ours < limit)
 
 
+def above(limit: float, unit: str) -> Goal:
+    return Goal(f"> {limit:,.0f} {unit}", lambda ours, _: ours > limit)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One comparison. `ours` and `other` hold a value for each run; `other` is empty where there is no other side."""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from llamacli.errors import UsageError
 
 PREFIX = "LLAMACLI_"
-# Variables of ours that are no settings: one says where the config file is, one is a secret.
-OTHER_VARIABLES = ("LLAMACLI_HOME", "LLAMACLI_API_KEY")
+# Variables of ours that are no settings: one says where the config file is, the others are secrets.
+OTHER_VARIABLES = ("LLAMACLI_HOME", "LLAMACLI_API_KEY", "LLAMACLI_UPSTREAM_KEY")
 
 _BOOLEANS = {
     "1": True,

@@ -128,12 +128,15 @@ def start(launch: Launch, n_prompt: int) -> Engine:
 class ServeOptions:
     """What a server wants of its engine beside the settings.
 
-    slots    sequences that are computed at once
-    repack   rewrite the weights for this CPU; None: where that makes many sequences faster, and memory has room
+    slots      sequences that are computed at once
+    repack     rewrite the weights for this CPU; None: where that makes many sequences faster, and memory has room
+    is_alike   an answer is the same to the last bit whatever was asked before it: no prefix of another one is used,
+               and no step is cut by the clock
     """
 
     slots: int = 4
     repack: bool | None = None
+    is_alike: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.slots <= MAX_SERVED:
@@ -229,7 +232,14 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         n_cells=n_cells, n_slots=n_slots, n_batch=MAX_BATCH, threads=threads, threads_batch=threads
     )
     model = LlamaModel(launch.weights, context)
-    return Engine(model, n_limit=launch.n_limit, step_seconds=STEP_SECONDS, max_running=options.slots)
+    step_seconds = None if options.is_alike else STEP_SECONDS
+    return Engine(
+        model,
+        n_limit=launch.n_limit,
+        step_seconds=step_seconds,
+        max_running=options.slots,
+        keeps=not options.is_alike,
+    )
 
 
 def _served_cells(launch: Launch, slots: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:

@@ -21,6 +21,7 @@ from llamacli.models import store
 from llamacli.prompt import Message, PromptBuilder
 
 TESTS = Path(__file__).parent
+collect_ignore = ["sample"]  # projects of their own: test_sample_projects.py runs them
 PROGRAM = [sys.executable, "-m", "llamacli"]
 
 # Whoever runs the tests in the background ignores Ctrl-C for all that they start; some of them want to hear it.

@@ -149,3 +149,9 @@ def test_the_transfer_is_measured_with_its_memory() -> None:
 def test_the_list_and_the_second_pull_are_measured() -> None:
     rows = printed_rows("listing", "--runs", "1")
     assert [row[0] for row in rows][:2] == ["llamacli list of 52 models", "llamacli pull of a model that is here"]
+
+
+def test_readiness_and_replay_are_measured() -> None:
+    rows = printed_rows("rehearsal", "--requests", "80")
+    assert [row[0] for row in rows] == ["ready with --replay", "ready with the tiny model", "replayed short requests"]
+    assert all(row[1] for row in rows)

@@ -50,19 +50,26 @@ FLOORS = [
     ],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
     ["server.about", "server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen"],
-    ["server.schemas", "server.description", "server.samples", "server.site", "server.app"],
+    ["server.schemas", "server.description", "server.samples", "server.site"],
+    ["server.absent", "server.recording", "server.matching", "server.standin", "server.simulation", "server.script"],
+    [
+        *("server.recorder", "server.replay", "server.upstream", "server.rules", "server.replies"),
+        *("server.stage", "server.rehearsal", "server.app"),
+    ],
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
     ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
+        *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.models", "commands.serve"),
     ],
-    ["commands.app"],
+    ["commands.testing_options", "commands.app"],
     ["__main__"],
+    ["testing.api", "testing.process", "testing.plugin"],
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    "commands.__init__",
+    *("commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -76,10 +83,11 @@ HOMES = {
     "uvicorn": ["server.listen"],
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
-    "typer": ["commands.app"],
+    "typer": ["commands.testing_options", "commands.app"],
     "rich": ["commands.progress", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
+    "pytest": ["testing.plugin"],
     "truststore": ["models.ranges"],
 }
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}

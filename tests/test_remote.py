@@ -690,7 +690,7 @@ def test_weights_that_a_server_has_rewritten_answer_only_what_need_not_be_repeat
     path = tmp_path / "small.gguf"
     synthetic.write(path, synthetic.Shape(n_layer=2, n_embd=256, n_ff=768, n_head=4, n_head_kv=4), "small-chat")
     environment["LLAMACLI_MODEL"] = str(path)
-    with serving(environment):
+    with serving(environment, "--repack", "on"):
         assert is_attached(llamacli("-v", "-n", "3", "hi"))
         for options in (GREEDY, ("--seed", "1")):
             done = llamacli("-v", "-n", "3", *options, "hi")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamacli import __version__
+from llamacli.commands import testing_options
 from llamacli.config import Resolved, directories, resolve
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
@@ -287,12 +288,37 @@ def serve(
     repack: Annotated[str, typer.Option(metavar="auto|on|off", help="Rewrite the weights for this CPU.")] = "auto",
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
+    ready_file: testing_options.ReadyFile = None,
+    deterministic: testing_options.Deterministic = False,
+    record: testing_options.Record = None,
+    replay: testing_options.Replay = None,
+    replay_or_run: testing_options.ReplayOrRun = False,
+    replay_timing: testing_options.ReplayTiming = False,
+    match_on: testing_options.MatchOn = None,
+    upstream: testing_options.Upstream = None,
+    upstream_key: testing_options.UpstreamKey = None,
+    remote_timeout: testing_options.UpstreamTimeout = None,
+    allow_simulation: testing_options.AllowSimulation = False,
+    simulate: testing_options.Simulate = None,
 ) -> int:
     """Serve the Llama 2 API and the OpenAI API over HTTP."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import rehearsal
     from llamacli.commands import serve as command
     from llamacli.server.connection import Patience
 
+    testing = rehearsal.Wishes(
+        is_deterministic=deterministic,
+        record=Path(record) if record else None,
+        replay=Path(replay) if replay else None,
+        runs_too=replay_or_run,
+        keeps_time=replay_timing,
+        match_on=tuple(match_on or ()),
+        upstream=upstream,
+        upstream_key=upstream_key or None,
+        allows_simulation=allow_simulation,
+        simulate=Path(simulate) if simulate else None,
+    )
     wishes = command.Wishes(
         host=host,
         port=port,
@@ -306,6 +332,8 @@ def serve(
         grace=grace,
         repack=repack,
         patience=Patience(headers=headers_timeout, body=body_timeout, reading=reading_timeout),
+        ready_file=Path(ready_file) if ready_file else None,
+        testing=testing,
     )
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 

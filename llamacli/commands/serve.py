@@ -12,18 +12,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llamacli import launch as launching
-from llamacli.commands.obtain import models_in, obtain
-from llamacli.commands.terminal import Notices
+from llamacli.commands import rehearsal
+from llamacli.commands.ready_file import ReadyFile
+from llamacli.commands.rehearsal import Rehearsing
 from llamacli.config import Directories, Settings
 from llamacli.engine.sequence import SamplingParams
 from llamacli.engine.supervisor import EngineProcess
 from llamacli.errors import UsageError
-from llamacli.launch import ServeOptions
-from llamacli.models.notes import Notes
-from llamacli.models.store import ModelFile
 from llamacli.server import listen, presence
+from llamacli.server.absent import NoEngine
 from llamacli.server.access import Origins, is_origin
 from llamacli.server.accounts import Accounts
 from llamacli.server.app import App, Served
@@ -34,6 +33,11 @@ from llamacli.server.log import Log, Relay
 from llamacli.server.metrics import Metrics
 from llamacli.server.presence import FileState
 from llamacli.server.service import Service
+from llamacli.server.simulation import MAX_SECONDS
+from llamacli.server.trace import COUNTED_FROM
+
+if TYPE_CHECKING:
+    from llamacli.models.store import ModelFile
 
 _REPACK = {"auto": None, "on": True, "off": False}
 
@@ -49,6 +53,8 @@ class Wishes:
     grace      seconds for answers that are being written when the server is to end
     repack     auto, on or off: whether the weights are rewritten for this CPU
     patience   with clients
+    ready_file   is written when requests can come
+    testing    what is different for tests of clients
     """
 
     host: str = "127.0.0.1"
@@ -63,6 +69,8 @@ class Wishes:
     grace: float = 30.0
     repack: str = "auto"
     patience: Patience = field(default_factory=Patience)
+    ready_file: Path | None = None
+    testing: rehearsal.Wishes = field(default_factory=rehearsal.Wishes)
 
     def __post_init__(self) -> None:
         if self.repack not in _REPACK:
@@ -105,26 +113,51 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
 
 
 def _serve(settings: Settings, wishes: Wishes, places: Directories, log: Log) -> int:
-    options = ServeOptions(slots=wishes.slots, repack=_REPACK[wishes.repack])
-    notes = Notes(places.cache)
-    file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
-    recipe = launching.serving(settings, file, places.cache, options)
+    defaults = wishes.testing.defaults(_defaults(settings))
+    ready_file = ReadyFile(wishes.ready_file) if wishes.ready_file else None
+    if ready_file:
+        ready_file.prepare()
+    rehearsing = rehearsal.prepared(wishes.testing, settings, defaults, wishes.api_keys, log)
+    engine, file = _engine(settings, wishes, places, log) if wishes.testing.needs_model else (NoEngine(), None)
     listen.lift_descriptor_limit()
     bound = listen.bind_unix(wishes.uds) if wishes.uds else listen.bind(wishes.host, wishes.port)
     accounts = _accounts(wishes, places, log)
-    own = _bind_own(places, file, log)
-    engine = EngineProcess(recipe, notice=lambda line: log.event("notice", line), stall_seconds=wishes.patience.reading)
+    rehearsing.keep_keys_of(accounts)
+    # What is there for tests is no place for the questions of a user's own `run`.
+    own = _bind_own(places, file, log) if file is not None and not wishes.testing.is_on else None
     loop_factory = _loop_factory()
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_Server(settings, wishes, bound, own, accounts, engine, log).run())
+            server = _Server(settings, wishes, bound, own, accounts, engine, log, rehearsing, ready_file)
+            return runner.run(server.run())
     finally:
+        rehearsing.close()
+        if ready_file:
+            ready_file.remove()
         if accounts is not None:
             accounts.close()
         if wishes.uds:
             wishes.uds.unlink(missing_ok=True)
         if own:
             own.path.unlink(missing_ok=True)
+
+
+def _engine(settings: Settings, wishes: Wishes, places: Directories, log: Log) -> tuple[EngineProcess, ModelFile]:
+    """The model's engine, not yet started, and its file. Raises LlamacliError."""
+    from llamacli import launch as launching
+    from llamacli.commands.obtain import models_in, obtain
+    from llamacli.commands.terminal import Notices
+    from llamacli.models.notes import Notes
+
+    is_alike = wishes.testing.is_deterministic
+    options = launching.ServeOptions(slots=wishes.slots, repack=_REPACK[wishes.repack])
+    if is_alike:  # one after the other, and weights as they are in the file whatever memory is free
+        options = launching.ServeOptions(slots=1, repack=False, is_alike=True)
+    notes = Notes(places.cache)
+    file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
+    recipe = launching.serving(settings, file, places.cache, options)
+    patience = MAX_SECONDS if wishes.testing.allows_simulation else wishes.patience.reading
+    return EngineProcess(recipe, notice=lambda line: log.event("notice", line), stall_seconds=patience), file
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +212,10 @@ class _Server:
         bound: socket.socket,
         own: _Own | None,
         accounts: Accounts | None,
-        engine: EngineProcess,
+        engine: EngineProcess | NoEngine,
         log: Log,
+        rehearsing: Rehearsing,
+        ready_file: ReadyFile | None,
     ) -> None:
         self._settings = settings
         self._wishes = wishes
@@ -188,23 +223,31 @@ class _Server:
         self._own = own
         self._engine = engine
         self._log = log
-        self._name = settings.model
-        self._service = Service(engine, wishes.slots, wishes.queue)
+        self._ready_file = ready_file
+        self._name = rehearsing.model
+        is_alike = wishes.testing.is_deterministic
+        self._service = Service(engine, 1 if is_alike else wishes.slots, wishes.queue, is_in_order=is_alike)
         self._stop = asyncio.Event()
         self._is_urgent = False
         app = App(
             self._service,
-            served=Served(name=settings.model, names=_names(settings.model), piece_of=engine.piece),
-            defaults=_defaults(settings),
+            served=Served(
+                name=self._name,
+                names=_names(self._name) | rehearsing.names,
+                piece_of=engine.piece,
+                **({"created": COUNTED_FROM} if is_alike else {}),
+            ),
+            defaults=wishes.testing.defaults(_defaults(settings)),
             origins=Origins(wishes.is_local, frozenset(wishes.cors_origins)),
             gate=Gate(accounts),
             metrics=Metrics(lambda: engine.stats),
             log=log,
             max_body=wishes.max_body,
             body_seconds=wishes.patience.body,
+            rehearsal=rehearsing.rehearsal,
             own_socket=str(own.path) if own else None,
         )
-        self._http = listen.Http(app, wishes.patience)
+        self._http = listen.Http(app, wishes.patience, tells_date=not is_alike)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -221,6 +264,7 @@ class _Server:
                 starting.result()  # raises what the loading raised
                 self._announce()
                 self._log.event("ready", self._ready_line())
+                self._tell_ready()
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
         finally:
@@ -235,6 +279,13 @@ class _Server:
     def _ready_line(self) -> str:
         where = str(self._wishes.uds) if self._wishes.uds else listen.url_of(self._bound)
         return f"serving {self._name} at {where}"
+
+    def _tell_ready(self) -> None:
+        if self._ready_file is not None:
+            uds = self._wishes.uds
+            url = "http://localhost" if uds else listen.url_of(self._bound)
+            key = next(iter(self._wishes.api_keys), None)
+            self._ready_file.write(url=url, key=key, model=self._name, socket=uds)
 
     def _on_signal(self) -> None:
         self._is_urgent = self._stop.is_set()

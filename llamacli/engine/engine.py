@@ -35,6 +35,7 @@ class Engine:
     max_cells      the cache may grow up to here while a single sequence runs
     step_seconds   time that prompts may take of a step; None when nobody waits for anybody
     max_running    sequences that are computed at once; what slots are left hold kept prefixes
+    keeps          finished sequences stay in the cache for those that begin alike
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Engine:
         max_cells: int | None = None,
         step_seconds: float | None = 0.25,
         max_running: int | None = None,
+        keeps: bool = True,
     ) -> None:
         self.model = model
+        self._keeps = keeps
         self.kv = KvCache(model.n_cells, model.n_slots, model)
         self._max_cells = max(max_cells or 0, model.n_cells)
         self.n_limit = min(n_limit or self._max_cells, self._max_cells)
@@ -190,7 +193,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, text: str = "", token: int | None = None) -> Delta:
         text += self._requests[sequence.id].detokenizer.flush()
-        self._retire(sequence, keep=reason is not FinishReason.FAILED)
+        self._retire(sequence, keep=self._keeps and reason is not FinishReason.FAILED)
         usage = Usage(sequence.n_prompt, sequence.n_generated, sequence.n_cached)
         return Delta(sequence.id, text, token, None, reason, usage)
 

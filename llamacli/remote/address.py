@@ -6,7 +6,7 @@ Never holds a key: a key in a URL would show up in logs.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import SplitResult, urlsplit
 
 from llamacli.errors import UsageError
@@ -17,13 +17,17 @@ ROUTE = "/v1/getData"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`target` is what a request line names: path and query. `socket` is a Unix socket's path; the rest is idle."""
+    """`target` is what a request line names: path and query. `socket` is a Unix socket's path; the rest is idle.
+
+    option   by which the user gave it
+    """
 
     scheme: str
     host: str
     port: int
     target: str
     socket: str | None = None
+    option: str = "--remote"
 
     @property
     def shown(self) -> str:
@@ -50,19 +54,25 @@ class Address:
         return is_upgrade and other.host == self.host and other.port == PORTS["https"]
 
 
-def of(url: str) -> Address:
+def of(url: str, route: str = ROUTE, *, option: str = "--remote", key: str = "LLAMACLI_API_KEY") -> Address:
     """The address that questions go to: the URL itself if it ends in getData, else its v1/getData.
+
+    route    another one below the same place: /v1/chat/completions
+    option   and `key` are what the user has to mend
 
     Raises UsageError.
     """
     parts = _split(url)
     if parts is None or not parts.hostname:
-        raise UsageError(f"--remote must be an address like http://127.0.0.1:8080, not {url[:100]!r}")
+        raise UsageError(f"{option} must be an address like http://127.0.0.1:8080, not {url[:100]!r}")
     if parts.username is not None:
-        raise UsageError("--remote must not hold a user name or a key: give the key as LLAMACLI_API_KEY")
+        raise UsageError(f"{option} must not hold a user name or a key: give the key as {key}")
     path = parts.path.rstrip("/")
-    path = path if path.endswith("getData") else path.removesuffix("/v1") + ROUTE
-    return _address(parts, path)
+    if route != ROUTE:
+        path = path.removesuffix("/getData").removesuffix("/v1") + route
+    elif not path.endswith("getData"):
+        path = path.removesuffix("/v1") + ROUTE
+    return replace(_address(parts, path), option=option)
 
 
 def redirected(base: Address, location: str) -> Address | None:
@@ -73,7 +83,9 @@ def redirected(base: Address, location: str) -> Address | None:
         parts = _split(urljoin(f"{base.shown}{base.target}", location))
     except ValueError:
         return None
-    return _address(parts, parts.path) if parts is not None and parts.hostname else None
+    if parts is None or not parts.hostname:
+        return None
+    return replace(_address(parts, parts.path), option=base.option)
 
 
 def _split(url: str) -> SplitResult | None:

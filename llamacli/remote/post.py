@@ -25,11 +25,24 @@ _REDIRECTS = (301, 302, 307, 308)
 class Reply:
     """A server's answer, its body still to be read."""
 
-    def __init__(self, address: Address, response: http.client.HTTPResponse) -> None:
+    def __init__(
+        self, address: Address, response: http.client.HTTPResponse, connection: socket.socket | None = None
+    ) -> None:
         self._address = address
         self._response = response
+        self._socket = connection
         self.status = response.status
         self.reason = response.reason
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return self._response.getheaders()
+
+    def close(self) -> None:
+        """Hang up. What reads the body in another thread is told that it broke off."""
+        with suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def header(self, name: str) -> str:
         return self._response.headers.get(name, "")
@@ -88,11 +101,11 @@ def post(address: Address, body: bytes, headers: Mapping[str, str], *, silence: 
             to = there.shown if there is not None else "nowhere"
             raise RemoteError(
                 f"{address.shown} answered {reply.status} and sends us to {to}, where the question was not sent: "
-                "give --remote the right address"
+                f"give {address.option} the right address"
             )
         address = there
     raise RemoteError(
-        f"{address.shown} sends us in circles: {MAX_REDIRECTS} redirects; give --remote the right address"
+        f"{address.shown} sends us in circles: {MAX_REDIRECTS} redirects; give {address.option} the right address"
     )
 
 
@@ -113,7 +126,8 @@ def _posted(address: Address, body: bytes, headers: Mapping[str, str], silence: 
         # Who refuses a request may do so before it has read all of it, and hang up; its reason is there all the same.
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.request("POST", target, body, headers)
-        return Reply(address, connection.getresponse())
+        used = connection.sock  # which getresponse() lets go of, where the server closes it after the answer
+        return Reply(address, connection.getresponse(), used)
     except TimeoutError:
         raise RemoteError(f"{address.shown} has said nothing for {silence:g} s: see --remote-timeout") from None
     except (OSError, http.client.HTTPException) as error:

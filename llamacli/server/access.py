@@ -21,7 +21,7 @@ KEY_PARAMETER = "subscription-key"
 _ALLOWED_HEADERS = (
     "authorization, cache-control, content-type, ocp-apim-subscription-key, traceparent, x-request-id, x-simulate"
 )
-_EXPOSED_HEADERS = "retry-after, x-trace-id"
+_EXPOSED_HEADERS = "retry-after, x-simulated, x-trace-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,11 @@ def preflight_headers(headers: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def presented_key(headers: Mapping[str, str], query: Mapping[str, str]) -> str | None:
     """The key that a request carries, wherever it carries it."""
-    if key := headers.get(KEY_HEADER):
-        return key
-    if match := _BEARER.fullmatch(headers.get("authorization", "").strip()):
-        return match[1]
-    return query.get(KEY_PARAMETER) or None
+    return next(iter(presented_keys(headers, query)), None)
+
+
+def presented_keys(headers: Mapping[str, str], query: Mapping[str, str]) -> list[str]:
+    """All of them. The first one counts."""
+    bearer = _BEARER.fullmatch(headers.get("authorization", "").strip())
+    found = (headers.get(KEY_HEADER), bearer[1] if bearer else None, query.get(KEY_PARAMETER))
+    return [key for key in found if key]

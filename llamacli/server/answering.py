@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 from llamacli.engine.sequence import Delta, FinishReason
 from llamacli.engine.supervisor import Embedded
@@ -17,14 +18,27 @@ from llamacli.server.exchange import ClientGone, Exchange
 from llamacli.server.failure import Failure
 from llamacli.server.log import Record
 from llamacli.server.metrics import Metrics
-from llamacli.server.service import Service, Work
+from llamacli.server.service import Work
 
 _UNFINISHED = (FinishReason.CANCELLED, FinishReason.FAILED)
 
 
+class Opens(Protocol):
+    """Lets asks in: a Service, or a script in its place."""
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    async def open(self, ask: Ask) -> Work: ...
+
+    def close(self, work: Work) -> None: ...
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embedded: ...
+
+
 @dataclass(slots=True)
 class Answering:
-    service: Service
+    service: Opens
     metrics: Metrics
 
     async def answer(self, exchange: Exchange, record: Record, ask: Ask, shape: Shape) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter, time
 
@@ -12,15 +13,18 @@ from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import LlamacliError
 from llamacli.server import access, contract, description, embeddings, failure, openai, site
 from llamacli.server.about import About, url_of
-from llamacli.server.answering import Answering
+from llamacli.server.answering import Answering, Opens
 from llamacli.server.exchange import ClientGone, Exchange, Receive, Scope, Send, event
 from llamacli.server.failure import Failure
 from llamacli.server.gate import Gate, Pass
 from llamacli.server.log import Log, Record
 from llamacli.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from llamacli.server.metrics import Metrics
+from llamacli.server.recorder import Tape
+from llamacli.server.rehearsal import Rehearsal
 from llamacli.server.service import Service
-from llamacli.server.trace import trace_id
+from llamacli.server.simulation import CutOff
+from llamacli.server.stage import ROUTES, Sent
 
 MAX_LOGGED = 300  # characters of a path
 CLIENT_GONE = 499  # nginx's number for a client that went away; for the log alone
@@ -30,12 +34,23 @@ Handler = Callable[["Call"], Awaitable[None]]
 
 @dataclass(slots=True)
 class Call:
-    """One request on its way through the server."""
+    """One request on its way through the server.
+
+    moment   seconds since 1970
+    raw      its body; None before it has been read
+    script   what answers in the engine's place
+    tape, sent   of a rehearsal: what listens to the answer, and what is remembered of the request
+    """
 
     exchange: Exchange
     record: Record
     started: float
     entry: Pass = field(default_factory=Pass)
+    moment: int = 0
+    raw: bytes | None = None
+    script: Opens | None = None
+    tape: Tape | None = None
+    sent: Sent | None = None
 
     @property
     def trace_id(self) -> str:
@@ -73,6 +88,7 @@ class App:
 
     defaults   sampling where a request says nothing
     max_body   bytes, which must be there within body_seconds
+    rehearsal    what is different where clients are tested
     own_socket   path of the Unix socket that only this server's user can open: who comes by it may do everything
     """
 
@@ -88,6 +104,7 @@ class App:
         log: Log,
         max_body: int,
         body_seconds: float,
+        rehearsal: Rehearsal | None = None,
         own_socket: str | None = None,
     ) -> None:
         self._own_socket = own_socket
@@ -100,13 +117,15 @@ class App:
         self._log = log
         self._max_body = max_body
         self._body_seconds = body_seconds
-        self._answering = Answering(service, metrics)
+        self._rehearsal = rehearsal or Rehearsal()
         self._routes = self._table()
 
     def _table(self) -> dict[str, dict[str, Route]]:
         table = {path: {"POST": Route(self._get_data, is_work=True)} for path in contract.PATHS}
         table["/"]["GET"] = Route(self._page, is_open=True)
         table |= {path: {"GET": Route(self._asset, is_open=True)} for path in site.ASSETS}
+        if self._rehearsal.stage is not None:
+            table |= {path: {method: Route(self._obey)} for path, method in ROUTES.items()}
         return table | {
             "/openapi.json": {"GET": Route(self._describe, is_open=True)},
             "/v1/chat/completions": {"POST": Route(self._chat, is_work=True)},
@@ -121,11 +140,15 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "started without lifespan and websockets"
         exchange = Exchange(scope, receive, send)
-        record = Record(exchange.method, exchange.path[:MAX_LOGGED], trace_id(exchange.headers))
-        call = Call(exchange, record, perf_counter())
+        origin = self._rehearsal.origin
+        is_work = exchange.method == "POST" and self._is_work(exchange.path)
+        trace = origin.trace_id(exchange.headers, is_work=is_work)
+        record = Record(exchange.method, exchange.path[:MAX_LOGGED], trace)
+        call = Call(exchange, record, perf_counter(), moment=origin.now())
         exchange.extra.append(("x-trace-id", call.trace_id))
         try:
-            await self._guarded(call)
+            with suppress(ClientGone, CutOff):  # while it was told of an error
+                await self._guarded(call)
         finally:
             self._note(call)
 
@@ -139,6 +162,8 @@ class App:
             await self._fail(call, failure.of(error))
         except ClientGone:
             call.record.status = CLIENT_GONE
+        except CutOff:
+            pass  # the client has got what was asked for
         except Exception as error:
             self._log.event("bug", "".join(traceback.format_exception(error)).rstrip())
             message = f"an unexpected error ({type(error).__name__}); the server's log tells more under this trace id"
@@ -155,13 +180,36 @@ class App:
         if access.is_preflight(exchange.method, exchange.headers):
             await exchange.respond(204, b"", headers=access.preflight_headers(exchange.headers))
             return
+        if self._rehearsal.stage is not None:
+            call.raw = await self._body(call)
+            call.sent = self._rehearsal.hear(exchange, call.raw)
         route = self._route(exchange)
         if not route.is_open and not is_own:
             call.entry = self._gate.check(exchange)
             call.record.key = call.entry.name
         if route.is_work:
             self._gate.admit(call.entry)
-        await route.handler(call)
+        if self._rehearsal.is_idle:
+            await route.handler(call)
+        else:
+            await self._rehearse(call, route)
+
+    async def _rehearse(self, call: Call, route: Route) -> None:
+        rehearsal, exchange, record = self._rehearsal, call.exchange, call.record
+        if not route.is_work:
+            await rehearsal.befall(exchange, record, call.raw or b"", is_work=False)
+            await route.handler(call)
+            return
+
+        async def run(script: Opens | None) -> None:
+            call.script = script
+            await route.handler(call)
+
+        with self._service.beside():
+            call.raw = await self._body(call)
+            call.tape = rehearsal.listen(exchange)
+            await rehearsal.befall(exchange, record, call.raw, is_work=True)
+            await rehearsal.answer(exchange, record, call.raw, run)
 
     def _route(self, exchange: Exchange) -> Route:
         methods = self._routes.get(exchange.path)
@@ -193,42 +241,60 @@ class App:
         record, exchange = call.record, call.exchange
         record.status = record.status or exchange.status or CLIENT_GONE
         record.seconds = perf_counter() - call.started
-        is_known = exchange.path in self._routes
-        route = exchange.path if is_known else "other"
+        route = exchange.path if exchange.path in self._routes else "other"
         self._metrics.request(route, record.status, record.prompt_tokens, record.completion_tokens)
-        is_work = is_known and any(each.is_work for each in self._routes[exchange.path].values())
-        self._gate.leave(call.entry, record, is_counted=is_work and exchange.method == "POST")
+        is_counted = exchange.method == "POST" and self._is_work(exchange.path)
+        self._gate.leave(call.entry, record, is_counted=is_counted)
         self._log.request(record)
+        if call.tape is not None:
+            self._rehearsal.keep(call.tape, exchange, record, call.raw or b"")
+        if call.sent is not None:
+            call.sent.status = record.status
+
+    def _is_work(self, path: str) -> bool:
+        return any(route.is_work for route in self._routes.get(path, {}).values())
 
     # -- routes that ask the model --
 
     async def _get_data(self, call: Call) -> None:
         request = contract.read(await self._body(call), self._defaults)
         shape = contract.ContractShape(self._served.name, call.trace_id, request.ignored)
-        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+        await self._answering(call).answer(call.exchange, call.record, request.ask, shape)
 
     async def _chat(self, call: Call) -> None:
         request = openai.read_chat(await self._body(call), self._defaults)
-        self._check_model(request.model)
-        frame = openai.frame("chatcmpl", call.trace_id, self._served.name, self._now())
+        model = self._model_of(call, request.model)
+        frame = openai.frame("chatcmpl", call.trace_id, model, call.moment)
         shape = openai.ChatShape(frame, request, self._served.piece_of)
-        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+        await self._answering(call).answer(call.exchange, call.record, request.ask, shape)
 
     async def _completion(self, call: Call) -> None:
         request = openai.read_completion(await self._body(call), self._defaults)
-        self._check_model(request.model)
-        frame = openai.frame("cmpl", call.trace_id, self._served.name, self._now())
+        model = self._model_of(call, request.model)
+        frame = openai.frame("cmpl", call.trace_id, model, call.moment)
         shape = openai.CompletionShape(frame, request, self._served.piece_of)
-        await self._answering.answer(call.exchange, call.record, request.ask, shape)
+        await self._answering(call).answer(call.exchange, call.record, request.ask, shape)
 
     async def _embeddings(self, call: Call) -> None:
         request = embeddings.read(await self._body(call))
-        self._check_model(request.model)
-        made = await self._answering.embed(call.exchange, call.record, request.inputs)
-        await call.exchange.respond(200, embeddings.body(request, made.vectors, made.n_tokens, self._served.name))
+        model = self._model_of(call, request.model)
+        made = await self._answering(call).embed(call.exchange, call.record, request.inputs)
+        await call.exchange.respond(200, embeddings.body(request, made.vectors, made.n_tokens, model))
 
     async def _body(self, call: Call) -> bytes:
-        return await call.exchange.body(self._max_body, self._body_seconds)
+        if call.raw is None:
+            call.raw = await call.exchange.body(self._max_body, self._body_seconds)
+        return call.raw
+
+    def _answering(self, call: Call) -> Answering:
+        return Answering(call.script or self._service, self._metrics)
+
+    def _model_of(self, call: Call, name: str | None) -> str:
+        """What an answer calls its model. Raises Failure 404 for one that is not served here."""
+        if call.script is not None:  # a test speaks for whatever model its client asks for
+            return name or self._served.name
+        self._check_model(name)
+        return self._served.name
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self._served.names:
@@ -239,10 +305,11 @@ class App:
                 code="model_not_found",
             )
 
-    def _now(self) -> int:
-        return int(time())
-
     # -- routes that do not --
+
+    async def _obey(self, call: Call) -> None:
+        assert self._rehearsal.stage is not None
+        await _send_json(call, 200, self._rehearsal.stage.obey(call.exchange, await self._body(call)))
 
     async def _models(self, call: Call) -> None:
         listed = [openai.model_object(self._served.name, self._served.created)]

@@ -339,6 +339,7 @@ class Connection(asyncio.Protocol):
             "method": method,
             "root_path": "",
             "headers": [],
+            "state": {"transport": self._transport},  # for whoever has to break the connection
         }
         try:
             parsed = httptools.parse_url(url)

@@ -6,7 +6,7 @@ Knows nothing of routes or of what is asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -35,6 +35,7 @@ class Exchange:
     refusal   why the request cannot be answered: it could not even be read
     port      that it came to; None for a Unix socket
     status    None until the answer has begun
+    transport   the connection itself, for whoever has to break it
     extra     headers that every answer of this exchange carries
     """
 
@@ -53,6 +54,7 @@ class Exchange:
         self.refusal: Failure | None = scope.get("refusal")
         self.status: int | None = None
         self.extra: list[tuple[str, str]] = []
+        self.transport: asyncio.Transport | None = scope.get("state", {}).get("transport")
         self._receive = receive
         self._send = send
 
@@ -96,12 +98,18 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
+    def send_through(self, way: Callable[[Send], Send]) -> None:
+        """From now on all that is sent goes this way."""
+        self._send = way(self._send)
+
     async def respond(self, status: int, body: bytes, content_type: str = JSON, headers: Headers = ()) -> None:
         await self._start(status, [("content-type", content_type), ("content-length", str(len(body))), *headers])
         await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
 
-    async def start_events(self) -> None:
-        await self._start(200, [("content-type", EVENTS), ("cache-control", "no-cache"), ("x-accel-buffering", "no")])
+    async def start_events(self, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """`headers` in place of those of the same name."""
+        usual = {"content-type": EVENTS, "cache-control": "no-cache", "x-accel-buffering": "no"}
+        await self._start(status, [*(usual | dict(headers or {})).items()])
 
     async def events(self, data: bytes, *, last: bool = False, closes: bool = False) -> None:
         """Send events that are already in their wire form. Waits while the client does not read.

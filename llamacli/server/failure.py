@@ -56,13 +56,19 @@ def speaks_openai(path: str) -> bool:
     return path.startswith("/v1/") and path != "/v1/getData"
 
 
+def _phrase(status: int) -> str:
+    """OpenAI's kind of name for a status that has no better one."""
+    known = status in HTTPStatus.__members__.values()
+    return HTTPStatus(status).phrase.lower().replace(" ", "_") if known else f"status_{status}"
+
+
 def body(failure: Failure, path: str, trace_id: str) -> bytes:
     """The error as JSON."""
     if speaks_openai(path):
         kind = _OPENAI_TYPES.get(failure.status) or (
             "invalid_request_error" if failure.status < 500 else "server_error"
         )
-        code = failure.code or HTTPStatus(failure.status).phrase.lower().replace(" ", "_")
+        code = failure.code or _phrase(failure.status)
         shape: object = {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": code}}
     else:
         shape = {"code": failure.status, "message": failure.message, "traceId": trace_id}

@@ -101,7 +101,7 @@ def url_of(bound: socket.socket) -> str:
 class Http(uvicorn.Server):
     """uvicorn with our connections and our signals instead of its own."""
 
-    def __init__(self, app: Any, patience: Patience) -> None:
+    def __init__(self, app: Any, patience: Patience, *, tells_date: bool = True) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -112,6 +112,7 @@ class Http(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                date_header=tells_date,
                 proxy_headers=False,
                 timeout_graceful_shutdown=1,
             )

@@ -17,7 +17,11 @@ CLOSE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Record:
-    """One request, when it is over. `status` 499 is a client that went away before its answer."""
+    """One request, when it is over. `status` 499 is a client that went away before its answer.
+
+    source      who has answered in the model's place
+    simulated   the fault that was asked for
+    """
 
     method: str
     path: str
@@ -28,6 +32,8 @@ class Record:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+    source: str = ""
+    simulated: str = ""
 
 
 class Log:
@@ -57,9 +63,11 @@ class Log:
         tokens = f" {record.prompt_tokens}+{record.completion_tokens} tokens" if record.prompt_tokens else ""
         key = f" key {record.key}" if record.key else ""
         error = f": {record.error}" if record.error else ""
+        source = f" from {record.source}" if record.source else ""
+        simulated = f" simulated ({record.simulated})" if record.simulated else ""
         self._print(
             f"{record.method} {_printable(record.path)} {record.status} {1000 * record.seconds:.0f} ms"
-            f"{tokens}{key} {record.trace_id}{_printable(error)}"
+            f"{tokens}{key}{_printable(source)}{_printable(simulated)} {record.trace_id}{_printable(error)}"
         )
 
     def event(self, name: str, message: str) -> None:

@@ -8,25 +8,61 @@ from __future__ import annotations
 import asyncio
 import os
 from array import array
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
+from llamacli.engine.protocol import ModelFacts
 from llamacli.engine.sequence import MAX_SEED, Delta, SamplingParams
-from llamacli.engine.supervisor import Embedded, EngineProcess, Stream
-from llamacli.prompt import Format, Prompt
+from llamacli.engine.supervisor import Embedded, State, Stats, Stream
+from llamacli.prompt import Format, Message, Prompt
 from llamacli.server.answer import Answer
 from llamacli.server.ask import Ask, Conversation, Source, Text
 from llamacli.server.failure import Failure
 
 
+class Engine(Protocol):
+    """What answers are computed with: a supervisor.EngineProcess, or what stands in its place."""
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def facts(self) -> ModelFacts | None: ...
+
+    @property
+    def stats(self) -> Stats: ...
+
+    async def encode(self, asked: str | Sequence[Message]) -> Prompt: ...
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False) -> Stream: ...
+
+    async def embed(self, texts: Sequence[str | Sequence[int]]) -> Embedded: ...
+
+
+class Pieces(Protocol):
+    """The deltas of one answer as they come: a supervisor.Stream, or a script."""
+
+    def __aiter__(self) -> AsyncIterator[list[Delta]]: ...
+
+    def cancel(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Work:
-    """The open streams of one request, with the answers they fill."""
+    """The open streams of one request, with the answers they fill.
 
-    streams: list[Stream]
+    is_in_order   one answer comes after the other and one token after the other, however they arrive
+    """
+
+    streams: Sequence[Pieces]
     answers: list[Answer]
     prompt_tokens: int
+    is_in_order: bool = False
     n_drawn: int = 0
     is_cancelled: bool = False
 
@@ -38,6 +74,12 @@ class Work:
 
     async def pieces(self) -> AsyncGenerator[tuple[Answer, Sequence[Delta]], None]:
         """What is added to each answer, as it comes. Raises LlamacliError when the engine fails."""
+        if self.is_in_order:
+            for answer, stream in zip(self.answers, self.streams, strict=True):
+                async for new in stream:
+                    for delta in new:
+                        yield self._note(answer, (delta,))
+            return
         if len(self.streams) == 1:
             async for new in self.streams[0]:
                 yield self._note(self.answers[0], new)
@@ -54,12 +96,12 @@ class Work:
 
 
 async def _merged(
-    answers: Sequence[Answer], streams: Sequence[Stream]
+    answers: Sequence[Answer], streams: Sequence[Pieces]
 ) -> AsyncGenerator[tuple[Answer, Sequence[Delta]], None]:
     """The pieces of several streams in the order in which they come."""
     queue: asyncio.Queue[tuple[Answer, Sequence[Delta]] | Exception | None] = asyncio.Queue(4 * len(streams))
 
-    async def pump(answer: Answer, stream: Stream) -> None:
+    async def pump(answer: Answer, stream: Pieces) -> None:
         end: Exception | None = None
         try:
             async for deltas in stream:
@@ -91,13 +133,17 @@ class Service:
 
     slots   sequences that are computed at once
     queue   sequences that may wait for a slot
+    is_in_order   of all work
+    n_beside   requests that something else than the engine answers
     """
 
-    engine: EngineProcess
+    engine: Engine
     slots: int
     queue: int
     is_draining: bool = False
+    is_in_order: bool = False
     n_open: int = 0
+    n_beside: int = 0
     _is_hurried: bool = False
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -119,7 +165,8 @@ class Service:
         except BaseException:
             self._leave(n, streams)
             raise
-        return Work(streams, [Answer(i) for i in range(n)], sum(len(prompt.tokens) for prompt in prompts))
+        n_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        return Work(streams, [Answer(i) for i in range(n)], n_tokens, self.is_in_order)
 
     async def _encoded(self, source: Source) -> Prompt:
         if isinstance(source, Conversation):
@@ -141,16 +188,34 @@ class Service:
         """The request is over, whole or not."""
         self._leave(len(work.answers), work.streams)
 
-    def _leave(self, n: int, streams: Sequence[Stream]) -> None:
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """A request that is not, or not yet, the engine's: drain() waits for it. Raises Failure 503 while draining."""
+        self._refuse_while_draining()
+        self.n_beside += 1
+        try:
+            yield
+        finally:
+            self.n_beside -= 1
+            self._leave(0, ())
+
+    def _leave(self, n: int, streams: Sequence[Pieces]) -> None:
         for stream in streams:
             stream.cancel()
         self.n_open -= n
-        if not self.n_open:
+        if not self._n_unfinished:
             self._closed.set()
 
-    def _admit(self, n: int) -> None:
+    @property
+    def _n_unfinished(self) -> int:
+        return self.n_open + self.n_beside
+
+    def _refuse_while_draining(self) -> None:
         if self.is_draining:
             raise Failure(503, "the server is going down: try another one, or later", retry_after=5)
+
+    def _admit(self, n: int) -> None:
+        self._refuse_while_draining()
         if self.engine.state == "loading":
             raise Failure(503, "the model is loading: try again in a moment", retry_after=2)
         if self.engine.state != "ready":
@@ -172,12 +237,12 @@ class Service:
         self.is_draining = True
         try:
             async with asyncio.timeout(seconds):
-                while self.n_open and not self._is_hurried:
+                while self._n_unfinished and not self._is_hurried:
                     self._closed.clear()
                     await self._closed.wait()
         except TimeoutError:
             return False
-        return not self.n_open
+        return not self._n_unfinished
 
     def hurry(self) -> None:
         """Make drain() return at once."""
