@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llamacli.engine.devices import Device
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
+    from llamacli.engine.prefixes import Prefixes
     from llamacli.engine.protocol import Recipe
     from llamacli.engine.worker import Workshop
 
@@ -95,7 +96,7 @@ def load(launch: Launch, notice: Notice) -> LlamaWeights:
     return launch.weights
 
 
-def start(launch: Launch, n_prompt: int) -> Engine:
+def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
     """An engine for one sequence, with a context as large as this prompt needs and room to grow.
 
     Raises ResourceError when memory holds the model but not this prompt.
@@ -118,10 +119,14 @@ def start(launch: Launch, n_prompt: int) -> Engine:
         "threads": Choice(threads, why),
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
+        "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    options = ContextOptions(n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads)
+    kv = launch.settings.kv_type
+    options = ContextOptions(
+        n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads, type_k=kv, type_v=kv
+    )
     model = LlamaModel(launch.weights, options)
-    return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None)
+    return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None, prefixes=prefixes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,11 +225,18 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         "repack": Choice(repack, why),
         "threads": Choice(threads, why_threads),
         "batch": Choice(MAX_BATCH, f"prompts get {STEP_SECONDS:g} s of a step"),
+        "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
-        n_cells=n_cells, n_slots=n_slots, n_batch=MAX_BATCH, threads=threads, threads_batch=threads
+        n_cells=n_cells,
+        n_slots=n_slots,
+        n_batch=MAX_BATCH,
+        threads=threads,
+        threads_batch=threads,
+        type_k=launch.settings.kv_type,
+        type_v=launch.settings.kv_type,
     )
     model = LlamaModel(launch.weights, context)
     return Engine(model, n_limit=launch.n_limit, step_seconds=STEP_SECONDS, max_running=options.slots)
@@ -232,11 +244,15 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 
 def _served_cells(launch: Launch, slots: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
     """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
-    header, limit = launch.header, launch.n_limit
-    smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
+    header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
+    smallest = memory.plan(
+        header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    )
     memory.check(smallest, usable)
     wanted = -(-limit * slots // memory.CELLS) * memory.CELLS
-    n_cells = memory.largest_context(header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
+    n_cells = memory.largest_context(
+        header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    )
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
     why = f"{slots} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {slots} x {limit:,} tokens need more"
@@ -254,7 +270,10 @@ def _repack(
     """While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it."""
     if options.repack is not None:
         return options.repack, "as set"
-    host = memory.plan(launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots).host
+    kv = launch.settings.kv_type
+    host = memory.plan(
+        launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    ).host
     if host.total + host.weights > usable:
         return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
     return True, "a server loads once; memory holds a second copy of the weights"
@@ -270,12 +289,14 @@ def _threads(settings: Settings) -> tuple[int, str]:
 
 def _max_cells(launch: Launch, layers: int) -> int:
     """How far the KV cache may grow: to the limit, or as far as memory goes."""
-    header, limit = launch.header, launch.n_limit
+    header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
     usable = machine.memory().usable
-    smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MIN_BATCH, gpu_layers=layers)
+    smallest = memory.plan(
+        header, min(limit, memory.CELLS), n_ubatch=MIN_BATCH, gpu_layers=layers, type_k=kv, type_v=kv
+    )
     memory.check(smallest, usable)
     blocks = -(-limit // memory.CELLS)
-    largest = memory.largest_context(header, usable, blocks * memory.CELLS, gpu_layers=layers)
+    largest = memory.largest_context(header, usable, blocks * memory.CELLS, gpu_layers=layers, type_k=kv, type_v=kv)
     if largest < limit:
         launch.choices["context_limit"] = Choice(largest, f"{usable / 2**30:.1f} GiB of memory can be used")
     return min(max(largest, memory.CELLS), limit)
@@ -322,8 +343,8 @@ def _layers(launch: Launch, devices: Sequence[Device], wish: str, n_all: int) ->
         return n_all, "as set"
     if wish != "auto":
         return min(int(wish), n_all), "as set"
-    free = sum(device.free for device in devices)
-    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit)
+    free, kv = sum(device.free for device in devices), launch.settings.kv_type
+    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit, type_k=kv, type_v=kv)
     return min(layers, n_all), f"{free / 2**30:.1f} GiB of GPU memory are free"
 
 

@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterable
 from typing import Protocol
 
+MIN_STORED = 64  # tokens; for a shorter prefix nothing is looked for on the disk, and nothing written
+
 
 class Memory(Protocol):
     """The memory operations of llama.cpp that the ledger drives. Positions are half-open; end -1 is "to the end"."""
