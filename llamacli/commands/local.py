@@ -102,7 +102,7 @@ class _Job:
                 return
 
     def stored(self) -> int:
-        """Let the engine's thread write what it has computed to the disk, and wait. Returns how many prompts it wrote."""
+        """Let the engine's thread write what it has computed to the disk, and wait. Returns how many it wrote."""
         self.delivered.set()
         item = self.out.get()
         if isinstance(item, BaseException):

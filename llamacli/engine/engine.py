@@ -198,8 +198,8 @@ class Engine:
         """The first tokens of answers to prompts that need no batch: their cells and their logits were stored."""
         known, self._known = self._known, {}
         deltas = []
-        for id, logits in known.items():
-            request = self._requests[id]
+        for number, logits in known.items():
+            request = self._requests[number]
             request.sequence.n_cached = request.sequence.n_prompt
             deltas.append(self._take(request, request.sampler.sample_from(logits)))
         return deltas

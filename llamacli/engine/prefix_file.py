@@ -23,7 +23,7 @@ import struct
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass
-from mmap import ACCESS_COPY, mmap
+from mmap import ACCESS_COPY, MADV_DONTNEED, PAGESIZE, mmap
 from pathlib import Path
 from zlib import crc32
 
@@ -93,6 +93,13 @@ class PrefixFile:
 
     def is_whole(self, i: int) -> bool:
         return crc32(self.piece(i)) == self._places[i][2]
+
+    def forget(self, i: int) -> None:
+        """Give back the memory that a piece was mapped to: all that is left of it is on the disk."""
+        offset, length, _ = self._places[i]
+        first, last = -(-offset // PAGESIZE) * PAGESIZE, (offset + length) // PAGESIZE * PAGESIZE
+        if last > first:
+            self._map.madvise(MADV_DONTNEED, first, last - first)
 
     def _index(self) -> tuple[Title, bytes | None]:
         if self.n_bytes < _HEAD.size + _CRC.size:

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from llamacli.engine.kv import MIN_STORED, common_prefix
-from llamacli.engine.prefix_file import NO_BASE, PIECE, Damaged, Draft, PrefixFile, Title
+from llamacli.engine.prefix_file import NO_BASE, Damaged, Draft, PrefixFile, Title
 
 LARGEST = 4_000_000_000  # bytes that the store takes if nothing else is said,
 SHARE = 0.05  # or this part of the disk that is free, if that is less
@@ -74,12 +74,13 @@ class Found:
             self._checker.start()
 
     def pieces(self) -> Iterator[Piece]:
-        """Each of them once it is known to be whole. Raises Damaged."""
+        """Each of them once it is known to be whole; until the next one is asked for. Raises Damaged."""
         self.begin()
-        for file, _, piece in self._wanted:
+        for file, i, piece in self._wanted:
             if not self._checked.get():
                 raise Damaged(file.path, "its cells do not match their checksum")
             yield piece
+            file.forget(i)
 
     def _check(self) -> None:
         for file, i, _ in self._wanted:
