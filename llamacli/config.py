@@ -11,6 +11,7 @@ from typing import Any, Literal
 from llamacli.errors import UsageError
 
 PREFIX = "LLAMACLI_"
+PREFIXES = "prefixes"  # in the cache directory
 # Variables of ours that are no settings: one says where the config file is, one is a secret.
 OTHER_VARIABLES = ("LLAMACLI_HOME", "LLAMACLI_API_KEY")
 
@@ -229,7 +230,7 @@ class Directories:
     @property
     def prefixes(self) -> Path:
         """Where computed prefixes are. See engine/prefix_store.py."""
-        return self.cache / "prefixes"
+        return self.cache / PREFIXES
 
     @property
     def run(self) -> Path:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamacli import machine
-from llamacli.config import Settings
+from llamacli import machine, stored_prefixes
+from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.errors import ResourceError, UsageError
@@ -188,6 +188,8 @@ def workshop(
     launch = prepare(Settings(**settings), model, notice, Notes(Path(cache)) if cache else None)
     engine = serve(launch, wanted, notice, usable=machine.memory().usable if usable is None else usable)
     assert launch.weights is not None
+    if cache:
+        engine.prefixes = stored_prefixes.of(launch, Path(cache, PREFIXES))
     builder = PromptBuilder(launch.header, launch.weights.vocabulary, known=model.format)
     facts = ModelFacts(
         name=launch.file.name,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from llamacli.engine.bindings import bindings
 from llamacli.engine.kv import MIN_STORED
-from llamacli.launch import Launch
 from llamacli.models import checksum
 
 if TYPE_CHECKING:
     from llamacli.engine.prefixes import Prefixes
+    from llamacli.launch import Launch
 
 
 def of(launch: Launch, directory: Path) -> Prefixes | None:

@@ -173,6 +173,10 @@ class Engine:
         if sequence.id in self._requests:
             self._scheduler.resume(sequence)
 
+    def save_some(self) -> bool:
+        """Write a piece of what is to be kept on disk, for when there is no work. False when nothing is left."""
+        return self.prefixes is not None and self.prefixes.save_some(self.kv, self.model)
+
     def abort(self) -> None:
         """Stop the step that is running, or else the next one. For another thread, on the way out."""
         self.model.abort()

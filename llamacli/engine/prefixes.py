@@ -38,11 +38,12 @@ class Prefixes:
         self._store = store
         self._owed: deque[_Owed] = deque(maxlen=MAX_OWED)
         self._expected: tuple[array[int], Found | None] | None = None
+        self._saving: Iterator[None] | None = None  # begun by save_some()
 
     @property
     def owes(self) -> bool:
-        """Whether save() has anything to do."""
-        return bool(self._owed)
+        """Whether there is anything to write. Any thread may ask."""
+        return bool(self._owed) or self._saving is not None
 
     def expect(self, tokens: array[int]) -> None:
         """A prompt that will come: look for it, and check what is found while the context is being made."""
@@ -58,6 +59,8 @@ class Prefixes:
 
         Returns the logits after its last token, if all its cells are there and they are known.
         """
+        if n_there > len(tokens) - MIN_STORED:
+            return None
         while (found := self._look(tokens)) is not None and found.length >= n_there + MIN_STORED:
             try:
                 n = _taken_over(found, tokens, kv, model)
@@ -78,6 +81,14 @@ class Prefixes:
             owed = self._owed.popleft()
             with suppress(OSError):
                 yield from self._write(owed, kv, model)
+
+    def save_some(self, kv: KvCache, model: Model) -> bool:
+        """Write one piece. False when nothing is left to write."""
+        if self._saving is None:
+            self._saving = self.save(kv, model) if self._owed else iter(())
+        if next(self._saving, self) is self:
+            self._saving = None
+        return self.owes
 
     def _look(self, tokens: array[int]) -> Found | None:
         expected, self._expected = self._expected, None

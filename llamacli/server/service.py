@@ -103,7 +103,8 @@ class Service:
             prompts = [await self._encoded(source) for source in ask.sources]
             for prompt in prompts:
                 for i in range(ask.n):
-                    streams.append(self.engine.submit(prompt.tokens, _seeded(ask.params, i), trim=prompt.trim))
+                    params = _seeded(ask.params, i)
+                    streams.append(self.engine.submit(prompt.tokens, params, trim=prompt.trim, is_stored=ask.is_stored))
         except BaseException:
             self._leave(n, streams)
             raise
