@@ -56,8 +56,8 @@ def _environment(config_home: str) -> Environment:
 def _until_the_end(n_runs: int, environment: Environment) -> list[Row]:
     commands = {
         PYTHON: [sys.executable, "-c", "pass"],
-        "llamacli --version": [_llamacli(), "--version"],
-        "llamacli --help": [_llamacli(), "--help"],
+        "llamacli --version": [llamacli(), "--version"],
+        "llamacli --help": [llamacli(), "--help"],
     }
     sides = {name: partial(whole_process, command, environment) for name, command in commands.items()}
     times = in_turn(sides, n_runs)
@@ -81,7 +81,7 @@ def _one_liners(given: Inputs) -> dict[str, list[str]]:
     # Without --no-cache the second run would find the first one's work.
     ours = ["-m", given.reference, "-n", N_TOKENS, "--temperature", "0", "--raw", "--no-cache", PROMPT]
     commands = {
-        LLAMACLI: [_llamacli(), *ours],
+        LLAMACLI: [llamacli(), *ours],
         LLAMA: [sys.executable, one_liner.__file__, str(given.path), PROMPT, N_TOKENS],
     }
     if given.tools:
@@ -99,7 +99,9 @@ def whole_process(command: Sequence[str], environment: Environment) -> float:
     return 1000 * (perf_counter() - started)
 
 
-def first_answer_byte(command: Sequence[str], environment: Environment, model: Path) -> float:
+def first_answer_byte(
+    command: Sequence[str], environment: Environment, model: Path, stdin: Path = Path(os.devnull)
+) -> float:
     """Milliseconds from the start of a process until a byte of its answer has come through the pipe.
 
     White space does not count: a first token may be a space alone, which llamacli would hold back.
@@ -107,14 +109,17 @@ def first_answer_byte(command: Sequence[str], environment: Environment, model: P
     _bring_into_page_cache(model)
     answer, elapsed = b"", 0.0
     started = perf_counter()
-    with subprocess.Popen(
-        command,
-        bufsize=0,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with (
+        stdin.open("rb") as text,
+        subprocess.Popen(
+            command,
+            bufsize=0,
+            env=environment,
+            stdin=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 4096):
             if not elapsed and piece.strip():
@@ -135,7 +140,7 @@ def _bring_into_page_cache(path: Path) -> None:
             pass
 
 
-def _llamacli() -> str:
+def llamacli() -> str:
     """The program as it was installed beside this Python."""
     path = Path(sysconfig.get_path("scripts"), "llamacli")
     if not path.exists():
