@@ -204,6 +204,11 @@ class KvCache:
                 return False
         return True
 
+    def could_make_room(self, n: int) -> bool:
+        """Whether make_room() would: else it would evict everything in vain."""
+        lent = set(range(self.n_slots)).difference(self._free_slots, self._cached)
+        return self.cells.n_cells - self.cells.n_used_by(lent) >= n
+
     def best_cached(self, tokens: array[int]) -> tuple[int, int]:
         """(slot, length) of the kept prefix that shares most with these tokens; (-1, 0) if none does."""
         best, length = -1, 0

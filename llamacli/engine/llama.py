@@ -274,11 +274,12 @@ class LlamaModel:
         spare = self._spare
         if spare is None:
             return memoryview(b"")
-        self.seq_cp(slot, spare, start, end)
+        self._check_slot(slot)
+        self._c.llama_memory_seq_cp(self._memory, slot, spare, start, end)
         size = self._c.llama_state_seq_get_size(self._context, spare)
         state = (ctypes.c_uint8 * size)()
         n_written = self._c.llama_state_seq_get_data(self._context, state, size, spare)
-        self.seq_rm(spare, 0, -1)
+        self._c.llama_memory_seq_rm(self._memory, spare, 0, -1)
         return memoryview(state)[:n_written]
 
     def restore(self, slot: int, start: int, end: int, state: memoryview) -> bool:
@@ -290,8 +291,8 @@ class LlamaModel:
         n_read = self._c.llama_state_seq_set_data(self._context, native, len(state), spare)
         is_right = n_read == len(state) and self._span(spare) == (start, end) and self.n_positions(slot) == start
         if is_right:
-            self.seq_cp(spare, slot, start, end)
-        self.seq_rm(spare, 0, -1)
+            self._c.llama_memory_seq_cp(self._memory, spare, slot, start, end)
+        self._c.llama_memory_seq_rm(self._memory, spare, 0, -1)
         return is_right
 
     @property
@@ -300,9 +301,10 @@ class LlamaModel:
         return self.n_slots if self.n_slots < MAX_SLOTS else None
 
     def _span(self, slot: int) -> tuple[int, int]:
-        """The positions of a slot."""
+        """The positions of a slot, the spare one too."""
         first: int = self._c.llama_memory_seq_pos_min(self._memory, slot)
-        return first, self.n_positions(slot)
+        last: int = self._c.llama_memory_seq_pos_max(self._memory, slot)
+        return first, last + 1
 
     def seq_rm(self, slot: int, start: int, end: int) -> None:
         self._check_slot(slot)
@@ -320,7 +322,7 @@ class LlamaModel:
         return last + 1
 
     def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < min(self.n_slots + 1, MAX_SLOTS):
+        if not 0 <= slot < self.n_slots:
             raise AssertionError(f"slot {slot} of {self.n_slots}")  # llama.cpp would abort the process
 
     def grow(self, n_cells: int, slot: int) -> None:

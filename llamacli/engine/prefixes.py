@@ -132,8 +132,9 @@ def _taken_over(found: Found, tokens: array[int], kv: KvCache, model: Model) -> 
 
     Cells that are not of use are cut off again, wherever in the middle they come.
     """
-    if not kv.can_lend or not kv.make_room(found.n_cells):
+    if not kv.can_lend or not kv.could_make_room(found.n_cells):
         return 0
+    kv.make_room(found.n_cells)
     slot, n = kv.lend(), 0
     try:
         for piece in found.pieces():

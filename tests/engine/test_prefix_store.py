@@ -156,6 +156,17 @@ def test_a_stored_prefix_for_which_there_are_no_cells_is_computed(tmp_path: Path
     assert asked(tmp_path, longer, n_cells=len(longer) + 4) < len(longer)
 
 
+def test_nobody_loses_a_kept_prefix_for_one_that_does_not_fit(tmp_path: Path) -> None:
+    asked(tmp_path, FIRST)
+    engine = engine_with(tmp_path, n_cells=256)
+    list(engine.generate([5] * 20, FOUR))
+    engine.add([7] * 120, SamplingParams(max_tokens=20))
+    engine.step()
+    engine.add(FIRST, FOUR)
+    assert engine.kv.best_cached(array("i", [5] * 20))[1] == 20
+    assert engine.prefixes is not None and engine.prefixes.n_restored == 0
+
+
 # -- misses -----------------------------------------------------------------------------------------------------
 
 
