@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.startup --model "$$MODEL"
 	$(BIN)/python -m benchmarks.throughput --model "$$MODEL"
 	$(BIN)/python -m benchmarks.serving --model "$$MODEL"
+	$(BIN)/python -m benchmarks.prefixes --model "$$MODEL"
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.listing
 	$(BIN)/python -m benchmarks.rehearsal

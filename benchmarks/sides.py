@@ -63,6 +63,7 @@ class TimedModel:
         self.n_batch, self.n_vocab = model.n_batch, model.n_vocab
         self.piece, self.is_eog = model.piece, model.is_eog
         self.seq_rm, self.seq_cp = model.seq_rm, model.seq_cp
+        self.last_logits, self.save, self.restore = model.last_logits, model.save, model.restore
         self.abort, self.close = model.abort, model.close
         self.seconds = 0.0
 

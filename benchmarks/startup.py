@@ -99,7 +99,9 @@ def whole_process(command: Sequence[str], environment: Environment) -> float:
     return 1000 * (perf_counter() - started)
 
 
-def first_answer_byte(command: Sequence[str], environment: Environment, model: Path) -> float:
+def first_answer_byte(
+    command: Sequence[str], environment: Environment, model: Path, stdin: Path = Path(os.devnull)
+) -> float:
     """Milliseconds from the start of a process until a byte of its answer has come through the pipe.
 
     White space does not count: a first token may be a space alone, which llamacli would hold back.
@@ -107,14 +109,17 @@ def first_answer_byte(command: Sequence[str], environment: Environment, model: P
     _bring_into_page_cache(model)
     answer, elapsed = b"", 0.0
     started = perf_counter()
-    with subprocess.Popen(
-        command,
-        bufsize=0,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with (
+        stdin.open("rb") as text,
+        subprocess.Popen(
+            command,
+            bufsize=0,
+            env=environment,
+            stdin=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 4096):
             if not elapsed and piece.strip():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from llamacli.errors import UsageError
 
 PREFIX = "LLAMACLI_"
+PREFIXES = "prefixes"  # in the cache directory
 # Variables of ours that are no settings: one says where the config file is, the others are secrets.
 OTHER_VARIABLES = ("LLAMACLI_HOME", "LLAMACLI_API_KEY", "LLAMACLI_UPSTREAM_KEY")
 
@@ -122,6 +123,27 @@ def layers(help_text: str) -> dict[str, Rule]:
     return {"rule": Rule(help_text, accept)}
 
 
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def size(help_text: str) -> dict[str, Rule]:
+    """Bytes: a whole number, or text such as "4GB" or "500 MB"."""
+
+    def accept(value: object) -> int:
+        if isinstance(value, str):
+            written = value.strip().upper()
+            number, unit = written[:-2].strip(), _UNITS.get(written[-2:])
+            if unit is None:
+                number, unit = written, 1
+            if number.isascii() and number.replace(".", "", 1).isdigit() and len(number) < 16:
+                value = int(float(number) * unit)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**60:
+            raise ValueError("a size such as 4GB or 500MB (0: none)")
+        return value
+
+    return {"rule": Rule(help_text, accept)}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every setting, its default and its rule; a new line here is a new key, variable and flag."""
@@ -151,7 +173,14 @@ class Settings:
         metadata=choice("What to keep of an input that does not fit.", "error", "head", "tail", "middle"),
     )
     offline: bool = field(default=False, metadata=switch("Never use the network."))
+    kv_type: str = field(
+        default="f16",
+        metadata=choice("Number format of the computed context; q8_0 takes half the memory and disk.", "f16", "q8_0"),
+    )
     no_cache: bool = field(default=False, metadata=switch("Neither read nor write computed prefixes on disk."))
+    cache_size: int | None = field(
+        default=None, metadata=size("What computed prefixes may take on disk, such as 4GB; 0 keeps none.")
+    )
     remote: str | None = field(
         default=None, metadata=text("The address of a server that `run` asks instead of a model.")
     )
@@ -197,6 +226,11 @@ class Directories:
     @property
     def models(self) -> Path:
         return self.data / "models"
+
+    @property
+    def prefixes(self) -> Path:
+        """Where computed prefixes are. See engine/prefix_store.py."""
+        return self.cache / PREFIXES
 
     @property
     def run(self) -> Path:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamacli import machine
-from llamacli.config import Settings
+from llamacli import machine, stored_prefixes
+from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.errors import ResourceError, UsageError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llamacli.engine.devices import Device
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
+    from llamacli.engine.prefixes import Prefixes
     from llamacli.engine.protocol import Recipe
     from llamacli.engine.worker import Workshop
 
@@ -35,6 +36,7 @@ MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
 MIN_BATCH = 32
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
+MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
 MIN_PREFIXES = 8  # finished answers that a server keeps in the cache, for the next turn of a conversation
 GPU_BUILD = (
     "rebuild the bindings for it: CMAKE_ARGS=-DGGML_{backend}=on "
@@ -95,7 +97,7 @@ def load(launch: Launch, notice: Notice) -> LlamaWeights:
     return launch.weights
 
 
-def start(launch: Launch, n_prompt: int) -> Engine:
+def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
     """An engine for one sequence, with a context as large as this prompt needs and room to grow.
 
     Raises ResourceError when memory holds the model but not this prompt.
@@ -118,10 +120,14 @@ def start(launch: Launch, n_prompt: int) -> Engine:
         "threads": Choice(threads, why),
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
+        "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    options = ContextOptions(n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads)
+    kv = launch.settings.kv_type
+    options = ContextOptions(
+        n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads, type_k=kv, type_v=kv
+    )
     model = LlamaModel(launch.weights, options)
-    return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None)
+    return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None, prefixes=prefixes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +193,8 @@ def workshop(
     launch = prepare(Settings(**settings), model, notice, Notes(Path(cache)) if cache else None)
     engine = serve(launch, wanted, notice, usable=machine.memory().usable if usable is None else usable)
     assert launch.weights is not None
+    if cache and not wanted.is_alike:
+        engine.prefixes = stored_prefixes.of(launch, Path(cache, PREFIXES), least=MIN_SERVED)
     recall = Recall()
     builder = PromptBuilder(launch.header, launch.weights.vocabulary, known=model.format, recall=recall)
     facts = ModelFacts(
@@ -225,11 +233,18 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         "repack": Choice(repack, why),
         "threads": Choice(threads, why_threads),
         "batch": Choice(MAX_BATCH, f"prompts get {STEP_SECONDS:g} s of a step"),
+        "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
-        n_cells=n_cells, n_slots=n_slots, n_batch=MAX_BATCH, threads=threads, threads_batch=threads
+        n_cells=n_cells,
+        n_slots=n_slots,
+        n_batch=MAX_BATCH,
+        threads=threads,
+        threads_batch=threads,
+        type_k=launch.settings.kv_type,
+        type_v=launch.settings.kv_type,
     )
     model = LlamaModel(launch.weights, context)
     step_seconds = None if options.is_alike else STEP_SECONDS
@@ -244,11 +259,15 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 
 def _served_cells(launch: Launch, slots: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
     """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
-    header, limit = launch.header, launch.n_limit
-    smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
+    header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
+    smallest = memory.plan(
+        header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    )
     memory.check(smallest, usable)
     wanted = -(-limit * slots // memory.CELLS) * memory.CELLS
-    n_cells = memory.largest_context(header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
+    n_cells = memory.largest_context(
+        header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    )
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
     why = f"{slots} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {slots} x {limit:,} tokens need more"
@@ -274,7 +293,10 @@ def _repack(
     if kind.endswith("_K") or (kind.startswith("IQ") and kind != "IQ4_NL"):
         return False, f"batches are computed faster from {kind} as it is in the file"
     # While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
-    host = memory.plan(launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots).host
+    kv = launch.settings.kv_type
+    host = memory.plan(
+        launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    ).host
     if host.total + host.weights > usable:
         return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
     return True, "a server loads once; memory holds a second copy of the weights"
@@ -290,12 +312,14 @@ def _threads(settings: Settings) -> tuple[int, str]:
 
 def _max_cells(launch: Launch, layers: int) -> int:
     """How far the KV cache may grow: to the limit, or as far as memory goes."""
-    header, limit = launch.header, launch.n_limit
+    header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
     usable = machine.memory().usable
-    smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MIN_BATCH, gpu_layers=layers)
+    smallest = memory.plan(
+        header, min(limit, memory.CELLS), n_ubatch=MIN_BATCH, gpu_layers=layers, type_k=kv, type_v=kv
+    )
     memory.check(smallest, usable)
     blocks = -(-limit // memory.CELLS)
-    largest = memory.largest_context(header, usable, blocks * memory.CELLS, gpu_layers=layers)
+    largest = memory.largest_context(header, usable, blocks * memory.CELLS, gpu_layers=layers, type_k=kv, type_v=kv)
     if largest < limit:
         launch.choices["context_limit"] = Choice(largest, f"{usable / 2**30:.1f} GiB of memory can be used")
     return min(max(largest, memory.CELLS), limit)
@@ -342,8 +366,8 @@ def _layers(launch: Launch, devices: Sequence[Device], wish: str, n_all: int) ->
         return n_all, "as set"
     if wish != "auto":
         return min(int(wish), n_all), "as set"
-    free = sum(device.free for device in devices)
-    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit)
+    free, kv = sum(device.free for device in devices), launch.settings.kv_type
+    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit, type_k=kv, type_v=kv)
     return min(layers, n_all), f"{free / 2**30:.1f} GiB of GPU memory are free"
 
 

@@ -139,6 +139,13 @@ def test_the_throughput_benchmark_prints_every_row() -> None:
     assert [row[5] != "" for row in rows] == [True, False, True, False, True, True]
 
 
+@pytest.mark.slow
+def test_the_prefixes_benchmark_prints_every_row() -> None:
+    rows = printed_rows("prefixes")
+    assert len(rows) == 6 and rows[0][0] == "second question, against the first"
+    assert all(row[1] and row[2] and row[3] for row in rows)
+
+
 def test_the_transfer_is_measured_with_its_memory() -> None:
     rows = printed_rows("transfer", "--megabytes", "2")
     assert [row[2:] for row in rows][1] == ["", "", "< 100 MB", rows[1][5]]

@@ -33,9 +33,10 @@ FLOORS = [
         "models.pull",
     ],
     ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
+    ["engine.prefix_file", "engine.prefix_store", "engine.prefixes"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
-    ["launch", "diagnosis", "problems"],
+    ["stored_prefixes", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
@@ -59,7 +60,7 @@ FLOORS = [
     ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
     ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [
-        *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
+        *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.models", "commands.serve"),
     ],
@@ -193,6 +194,7 @@ def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
 def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use() -> None:
     loaded = loaded_by("-m", "tiny", "-n", "1", "hi")
     assert "llama_cpp.llama_cpp" in loaded
+    assert not loaded & {"llamacli.engine.prefixes", "llamacli.engine.prefix_store"}, "the prompt is short"
     assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
 
 

@@ -28,7 +28,7 @@ RESERVED = ("chat", "batch", "embed", "tune", "bench")
 
 COMMANDS = (
     *("run", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -156,6 +156,14 @@ Model = Annotated[
         "-m", "--model", help="A model's name, or a path to a .gguf file. [7b-chat]", autocompletion=_model_names
     ),
 ]
+KvType = Annotated[
+    str | None, typer.Option(metavar="f16|q8_0", help="The computed context: q8_0 takes half the memory. [f16]")
+]
+NoCache = Annotated[bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")]
+CacheSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="What they may take on disk; 0 keeps none. [4GB, or 5 % of what is free]"),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 JsonArrayFlag = Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")]
 
@@ -190,6 +198,7 @@ def run(
     gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
     require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
+    kv_type: KvType = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="No chat template; special tokens in the text are obeyed.")
     ] = False,
@@ -213,9 +222,8 @@ def run(
         bool | None, typer.Option("--local", help="Compute here, even if a server has the model loaded.")
     ] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    no_cache: Annotated[
-        bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")
-    ] = None,
+    no_cache: NoCache = None,
+    cache_size: CacheSize = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
     verbose: Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")] = None,
 ) -> int:
@@ -286,6 +294,9 @@ def serve(
     require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
     repack: Annotated[str, typer.Option(metavar="auto|on|off", help="Rewrite the weights for this CPU.")] = "auto",
+    kv_type: KvType = None,
+    no_cache: NoCache = None,
+    cache_size: CacheSize = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
     ready_file: testing_options.ReadyFile = None,
@@ -423,10 +434,10 @@ keys = typer.Typer(
 app.add_typer(keys, name="keys")
 
 
-def _notices() -> Notices:
+def _notices(*, quiet: bool = False) -> Notices:
     from llamacli.commands.terminal import Notices
 
-    return Notices(quiet=resolved({}).settings.quiet)
+    return Notices(quiet=quiet or resolved({}).settings.quiet)
 
 
 @keys.command("create", epilog="Example: llamacli keys create --name laptop --rpm 60 --tokens-per-day 100000")
@@ -473,6 +484,30 @@ def usage(
     from llamacli.commands import keys as command
 
     command.usage(directories(os.environ).data, _notices(), reference=key, n_days=days, as_json=as_json)
+
+
+cache = typer.Typer(
+    help="Computed prefixes of prompts on disk: show, clear.",
+    epilog="Example: llamacli cache show",
+    rich_markup_mode=None,
+)
+app.add_typer(cache, name="cache")
+
+
+@cache.command("show", epilog="Example: llamacli cache show --json")
+def cache_show(as_json: JsonFlag = False) -> None:
+    """Show what is kept: model, tokens, size, last use; never the text."""
+    from llamacli.commands import cache as command
+
+    command.show(resolved({}).settings, directories(os.environ).prefixes, as_json=as_json)
+
+
+@cache.command("clear", epilog="Example: llamacli cache clear")
+def cache_clear(quiet: Quiet = False) -> None:
+    """Remove all of it."""
+    from llamacli.commands import cache as command
+
+    command.clear(directories(os.environ).prefixes, _notices(quiet=quiet))
 
 
 def _settings_names() -> frozenset[str]:

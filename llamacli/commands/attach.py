@@ -62,6 +62,7 @@ def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | 
         ),
         f"--gpu-layers {settings.gpu_layers}": settings.gpu_layers != server.gpu_layers,
         "--require-gpu": settings.require_gpu and server.device == "CPU",
+        f"--kv-type {settings.kv_type}": settings.kv_type != server.choices.get("kv_type", ("f16", ""))[0],
         f"--threads {settings.threads}": settings.threads not in (None, server.threads),
         f"it ends answers after {server.max_tokens} tokens": (
             server.max_tokens is not None and settings.max_tokens is None

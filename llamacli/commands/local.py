@@ -8,14 +8,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from time import perf_counter
 
 from llamacli import launch as launching
+from llamacli import stored_prefixes
 from llamacli.commands import terminal
 from llamacli.commands.deliver import EXIT_CUT, say_it_completes
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.terminal import Notices
+from llamacli.engine.kv import MIN_STORED
 from llamacli.engine.sequence import Delta, FinishReason, SamplingParams
 from llamacli.errors import EngineError
 from llamacli.launch import Launch
@@ -33,6 +37,13 @@ class _Started:
     load_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What there was to write has been written."""
+
+    n_prompts: int
+
+
 @dataclass(slots=True)
 class _Job:
     """One prompt on its way through the engine's thread.
@@ -45,8 +56,10 @@ class _Job:
     options: RunOptions
     notices: Notices
     notes: Notes
+    prefixes: Path  # the directory of stored ones
+    delivered: Event = field(default_factory=Event)  # the answer has been written: there is time for the disk
     texts: SimpleQueue[Texts] = field(default_factory=SimpleQueue)
-    out: SimpleQueue[_Started | Delta | BaseException] = field(default_factory=SimpleQueue)
+    out: SimpleQueue[_Started | Delta | _Stored | BaseException] = field(default_factory=SimpleQueue)
 
     def work(self) -> None:
         """The engine's thread. A daemon: when nobody waits any more it ends with the process."""
@@ -65,21 +78,37 @@ class _Job:
         fitted = _fitted(self.texts.get(), builder, self.launch)
         prompt = fitted.prompt
         began = perf_counter()
-        engine = launching.start(self.launch, len(prompt.tokens))
+        prefixes = stored_prefixes.expecting(self.launch, prompt.tokens, self.prefixes)
+        engine = launching.start(self.launch, len(prompt.tokens), prefixes)
         load_seconds += perf_counter() - began
         shown = builder.shown(prompt) if self.options.show_prompt else ""
         self.out.put(_Started(fitted, shown, load_seconds))
         for delta in engine.generate(prompt.tokens, self.params, trim=prompt.trim):
             self.out.put(delta)
+        self.delivered.wait()
+        if prefixes is not None:
+            for _ in prefixes.save(engine.kv, engine.model):
+                pass
+        self.out.put(_Stored(0 if prefixes is None else prefixes.n_stored))
 
     def results(self) -> Iterator[_Started | Delta]:
         while True:
             item = self.out.get()
             if isinstance(item, BaseException):
                 raise item
+            assert not isinstance(item, _Stored)
             yield item
             if isinstance(item, Delta) and item.finish_reason:
                 return
+
+    def stored(self) -> int:
+        """Let the engine's thread write what it has computed to the disk, and wait. Returns how many it wrote."""
+        self.delivered.set()
+        item = self.out.get()
+        if isinstance(item, BaseException):
+            raise item
+        assert isinstance(item, _Stored)
+        return item.n_prompts
 
 
 @dataclass(slots=True)
@@ -117,10 +146,11 @@ class Local:
         options: RunOptions,
         notices: Notices,
         notes: Notes,
+        prefixes: Path,
         *,
         started: float,
     ) -> None:
-        self._job = _Job(launch, params, options, notices, notes)
+        self._job = _Job(launch, params, options, notices, notes, prefixes)
         self._progress = _Run(started)
         threading.Thread(target=self._job.work, name="engine", daemon=True).start()
 
@@ -134,6 +164,12 @@ class Local:
                 _announce(item, self._job)
             else:
                 yield item.text
+        end = self._progress.end
+        if end is not None and end.usage is not None and end.usage.cached_tokens:
+            usage = end.usage
+            self._job.notices.detail(
+                f"{usage.cached_tokens:,} of the prompt's {usage.prompt_tokens:,} tokens came from the disk"
+            )
 
     def record(self, answer: str) -> dict[str, object]:
         return _record(self._job, self._progress, answer)
@@ -141,6 +177,17 @@ class Local:
     def exit_code(self) -> int:
         assert self._progress.end is not None
         return _exit_code(self._progress.end, self._job.launch, self._job.notices)
+
+    def store(self) -> None:
+        """Keep the computed prompt on the disk for the next time. Who reads our answer need not wait for it."""
+        job = self._job
+        assert self._progress.start is not None
+        n_prompt = len(self._progress.start.fitted.prompt.tokens)
+        if n_prompt < MIN_STORED:
+            return
+        terminal.end_stdout()
+        if job.stored():
+            job.notices.detail(f"stored the {n_prompt:,} tokens of the prompt: llamacli cache show")
 
 
 def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:

@@ -65,9 +65,11 @@ def _here(
     from llamacli.commands.local import Local
 
     launch = launching.prepare(settings, file, notices.say, notes)
-    local = Local(launch, params, options, notices, notes, started=started)
+    local = Local(launch, params, options, notices, notes, places.prefixes, started=started)
     local.ask(texts or question.read_texts(options.prompt, reads_stdin, notices))
-    return deliver(local, as_json=options.as_json, stream=options.stream)
+    code = deliver(local, as_json=options.as_json, stream=options.stream)
+    local.store()
+    return code
 
 
 def _has_neighbours(places: Directories) -> bool:

@@ -82,6 +82,14 @@ def write_all(descriptor: int, data: bytes) -> None:
             raise UsageError(f"the answer cannot be written to standard output: {error.strerror}") from None
 
 
+def end_stdout() -> None:
+    """Nothing more will come: let who reads our output go on, though this process does not end yet."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, STDOUT)  # a number that is free would go to the next file that is opened
+        os.close(nowhere)
+
+
 def die_of(number: signal.Signals) -> None:
     """End as a program that does not know this signal: at once, silently, and so that the shell can tell."""
     signal.signal(number, signal.SIG_DFL)

@@ -13,6 +13,7 @@ import re
 import sys
 from collections import deque
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from llamacli.errors import EngineError
@@ -120,6 +121,12 @@ class Bindings:
         self.abort_callback = self.c.ggml_abort_callback(ctypes.cast(libc.strlen, ctypes.c_void_p).value)
         self.keep_log()
         self.c.llama_backend_init()
+
+    def build(self) -> str:
+        """Tells one compiled llama.cpp from another: its version, and size and time of each of its libraries."""
+        place = Path(self.c._lib._name).parent
+        states = ((path.name, path.stat()) for path in sorted(place.iterdir()))
+        return f"{VERSION} " + " ".join(f"{n}:{state.st_size}:{state.st_mtime_ns}" for n, state in states)
 
     def keep_log(self) -> None:
         self.log.lines.clear()

@@ -9,13 +9,17 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from llamacli.engine.detokenizer import Detokenizer
-from llamacli.engine.kv import KvCache
+from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.model import Aborted, BatchFailed, KvFull, Model, Sampler
 from llamacli.engine.scheduler import Scheduler
-from llamacli.engine.sequence import Delta, FinishReason, Load, SamplingParams, Sequence, Usage
+from llamacli.engine.sequence import Delta, FinishReason, Load, Logprobs, SamplingParams, Sequence, Usage
 from llamacli.errors import InputTooLong, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from llamacli.engine.prefixes import Prefixes
 
 
 @dataclass(slots=True)
@@ -26,6 +30,7 @@ class _Request:
     params: SamplingParams
     sampler: Sampler
     detokenizer: Detokenizer
+    is_stored: bool  # the prompt's cells may come from the disk and go there
 
 
 class Engine:
@@ -36,6 +41,7 @@ class Engine:
     step_seconds   time that prompts may take of a step; None when nobody waits for anybody
     max_running    sequences that are computed at once; what slots are left hold kept prefixes
     keeps          finished sequences stay in the cache for those that begin alike
+    prefixes       kept on disk, if any are
     """
 
     def __init__(
@@ -47,14 +53,17 @@ class Engine:
         step_seconds: float | None = 0.25,
         max_running: int | None = None,
         keeps: bool = True,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.model = model
+        self.prefixes = prefixes
         self._keeps = keeps
         self.kv = KvCache(model.n_cells, model.n_slots, model)
         self._max_cells = max(max_cells or 0, model.n_cells)
         self.n_limit = min(n_limit or self._max_cells, self._max_cells)
         self._scheduler = Scheduler(self.kv, n_batch=model.n_batch, step_seconds=step_seconds, max_running=max_running)
         self._requests: dict[int, _Request] = {}
+        self._known: dict[int, bytes] = {}  # sequence id → stored logits, from which its first token is to be drawn
         self._next_id = 0
 
     @property
@@ -78,8 +87,17 @@ class Engine:
             scheduler.n_decoded,
         )
 
-    def add(self, prompt: Iterable[int], params: SamplingParams | None = None, *, trim: bool = False) -> Sequence:
+    def add(
+        self,
+        prompt: Iterable[int],
+        params: SamplingParams | None = None,
+        *,
+        trim: bool = False,
+        is_stored: bool = True,
+    ) -> Sequence:
         """Queue a prompt. Its answer comes out of step() under the sequence's id.
+
+        is_stored   its cells may come from the disk and go there
 
         Raises UsageError for an empty prompt or an unknown token, InputTooLong when no token of an answer fits.
         """
@@ -89,8 +107,11 @@ class Engine:
         sampler = self.model.sampler(params, sequence.tokens)
         self._next_id += 1
         detokenizer = Detokenizer(params.stop, trim=trim)
-        self._requests[sequence.id] = _Request(sequence, params, sampler, detokenizer)
+        is_stored = is_stored and self.prefixes is not None and sequence.n_prompt >= self.prefixes.least
+        self._requests[sequence.id] = _Request(sequence, params, sampler, detokenizer, is_stored)
         self._scheduler.add(sequence)
+        if is_stored:
+            self._restore(sequence, params)
         return sequence
 
     def _check(self, prompt: array[int]) -> None:
@@ -105,6 +126,8 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one batch. Returns what it added to each sequence; may be empty while prompts are read."""
+        if self._known:
+            return self._begin_known()
         chunks = self._scheduler.schedule()
         if not chunks:
             return self._relieve()
@@ -153,6 +176,10 @@ class Engine:
         if sequence.id in self._requests:
             self._scheduler.resume(sequence)
 
+    def save_some(self) -> bool:
+        """Write a piece of what is to be kept on disk, for when there is no work. False when nothing is left."""
+        return self.prefixes is not None and self.prefixes.save_some(self.kv, self.model)
+
     def abort(self) -> None:
         """Stop the step that is running, or else the next one. For another thread, on the way out."""
         self.model.abort()
@@ -164,14 +191,41 @@ class Engine:
         self.kv.clear()
         self.model.close()
 
+    def _restore(self, sequence: Sequence, params: SamplingParams) -> None:
+        """Take over what is stored of a prompt, as if it had been kept."""
+        assert self.prefixes is not None
+        tokens = sequence.tokens
+        running = (min(common_prefix(tokens, other.tokens), other.n_computed) for other in self._scheduler.running)
+        n_there = max(self.kv.best_cached(tokens)[1], *running, 0)
+        logits = self.prefixes.restore(tokens, self.kv, self.model, n_there)
+        if logits is not None and params.logprobs is None:
+            self._known[sequence.id] = logits
+
+    def _begin_known(self) -> list[Delta]:
+        """The first tokens of answers to prompts that need no batch: their cells and their logits were stored."""
+        known, self._known = self._known, {}
+        deltas = []
+        for number, logits in known.items():
+            request = self._requests[number]
+            request.sequence.n_cached = request.sequence.n_prompt
+            deltas.append(self._take(request, request.sampler.sample_from(logits)))
+        return deltas
+
     def _advance(self, sequence: Sequence, row: int) -> Delta:
         """Draw the next token of a sequence and say what it adds to the text."""
         request = self._requests[sequence.id]
-        token = request.sampler.sample(row)
+        if request.is_stored and sequence.n_generated == 0:
+            assert self.prefixes is not None
+            self.prefixes.owe(sequence.tokens[:], self.model.last_logits(row))
+        token, n_top = request.sampler.sample(row), request.params.logprobs
+        logprobs = None if token is None or n_top is None else self.model.logprobs(row, token, n_top)
+        return self._take(request, token, logprobs)
+
+    def _take(self, request: _Request, token: int | None, logprobs: Logprobs | None = None) -> Delta:
+        """Add a token that was drawn."""
+        sequence = request.sequence
         if token is None:
             return self._finish(sequence, FinishReason.DEAD_END)
-        params = request.params
-        logprobs = None if params.logprobs is None else self.model.logprobs(row, token, params.logprobs)
         if self.model.is_eog(token):
             return self._finish(sequence, FinishReason.STOP)
         sequence.tokens.append(token)
@@ -198,6 +252,7 @@ class Engine:
         return Delta(sequence.id, text, token, None, reason, usage)
 
     def _retire(self, sequence: Sequence, *, keep: bool) -> None:
+        self._known.pop(sequence.id, None)
         self._scheduler.remove(sequence, keep=keep)
         self._requests.pop(sequence.id).sampler.close()
 

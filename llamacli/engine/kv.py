@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterable
 from typing import Protocol
 
+MIN_STORED = 64  # tokens; for a shorter prefix nothing is looked for on the disk, and nothing written
+
 
 class Memory(Protocol):
     """The memory operations of llama.cpp that the ledger drives. Positions are half-open; end -1 is "to the end"."""
@@ -201,6 +203,11 @@ class KvCache:
             if not self.evict():
                 return False
         return True
+
+    def could_make_room(self, n: int) -> bool:
+        """Whether make_room() would: else it would evict everything in vain."""
+        lent = set(range(self.n_slots)).difference(self._free_slots, self._cached)
+        return self.cells.n_cells - self.cells.n_used_by(lent) >= n
 
     def best_cached(self, tokens: array[int]) -> tuple[int, int]:
         """(slot, length) of the kept prefix that shares most with these tokens; (-1, 0) if none does."""

@@ -204,7 +204,7 @@ class LlamaModel:
         params = c.llama_context_default_params()
         params.n_ctx = padded(n_cells)
         params.n_batch = params.n_ubatch = self.n_batch
-        params.n_seq_max = params.n_outputs_max = self.n_slots
+        params.n_seq_max = params.n_outputs_max = min(self.n_slots + 1, MAX_SLOTS)  # one more: see save()
         params.n_threads, params.n_threads_batch = options.threads, options.threads_batch
         params.type_k, params.type_v = KV_TYPES[options.type_k], KV_TYPES[options.type_v]
         params.kv_unified = True  # one pass over the weights for a mixed batch, and prefixes shared without copying
@@ -265,6 +265,46 @@ class LlamaModel:
         best = best[np.argsort(-logprobs[best], kind="stable")]
         top = tuple(Alternative(int(i), float(logprobs[i])) for i in best)
         return Logprobs(token, float(logprobs[token]), top)
+
+    def last_logits(self, row: int) -> bytes:
+        return bytes(memoryview(self.logits(row)))
+
+    def save(self, slot: int, start: int, end: int) -> memoryview:
+        """See Model.save. llama.cpp saves whole sequences: the positions become one of their own, in the spare slot."""
+        spare = self._spare
+        if spare is None:
+            return memoryview(b"")
+        self._check_slot(slot)
+        self._c.llama_memory_seq_cp(self._memory, slot, spare, start, end)
+        size = self._c.llama_state_seq_get_size(self._context, spare)
+        state = (ctypes.c_uint8 * size)()
+        n_written = self._c.llama_state_seq_get_data(self._context, state, size, spare)
+        self._c.llama_memory_seq_rm(self._memory, spare, 0, -1)
+        return memoryview(state)[:n_written]
+
+    def restore(self, slot: int, start: int, end: int, state: memoryview) -> bool:
+        """See Model.restore. llama.cpp itself refuses what is for another shape, number format or flash attention."""
+        spare = self._spare
+        if spare is None:
+            return False
+        native = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        n_read = self._c.llama_state_seq_set_data(self._context, native, len(state), spare)
+        is_right = n_read == len(state) and self._span(spare) == (start, end) and self.n_positions(slot) == start
+        if is_right:
+            self._c.llama_memory_seq_cp(self._memory, spare, slot, start, end)
+        self._c.llama_memory_seq_rm(self._memory, spare, 0, -1)
+        return is_right
+
+    @property
+    def _spare(self) -> int | None:
+        """A slot of llama.cpp's that the engine does not know of."""
+        return self.n_slots if self.n_slots < MAX_SLOTS else None
+
+    def _span(self, slot: int) -> tuple[int, int]:
+        """The positions of a slot, the spare one too."""
+        first: int = self._c.llama_memory_seq_pos_min(self._memory, slot)
+        last: int = self._c.llama_memory_seq_pos_max(self._memory, slot)
+        return first, last + 1
 
     def seq_rm(self, slot: int, start: int, end: int) -> None:
         self._check_slot(slot)

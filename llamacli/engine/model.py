@@ -27,6 +27,9 @@ class Sampler(Protocol):
     def sample(self, row: int) -> int | None:
         """The next token, drawn from the logits of a row of the last batch. None: no token is legal."""
 
+    def sample_from(self, logits: bytes) -> int | None:
+        """The next token, drawn from float32[n_vocab]."""
+
     def close(self) -> None: ...
 
 
@@ -53,6 +56,15 @@ class Model(Memory, Protocol):
     def sampler(self, params: SamplingParams, prompt: array[int]) -> Sampler: ...
 
     def logprobs(self, row: int, token: int, n_top: int) -> Logprobs: ...
+
+    def last_logits(self, row: int) -> bytes:
+        """float32[n_vocab] of a row that sample() takes, copied."""
+
+    def save(self, slot: int, start: int, end: int) -> memoryview:
+        """The cells of some positions of a slot, for restore(). Empty where this model cannot."""
+
+    def restore(self, slot: int, start: int, end: int, state: memoryview) -> bool:
+        """Append saved cells to a slot that ends at `start`. False, and nothing has changed, if they do not fit."""
 
     def piece(self, token: int) -> bytes: ...
 

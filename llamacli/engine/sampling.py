@@ -60,6 +60,20 @@ class LlamaSampler:
             self._bindings.fast.llama_sampler_accept(self._chain, token)
         return token
 
+    def sample_from(self, logits: bytes) -> int | None:
+        values = (ctypes.c_float * (len(logits) // 4)).from_buffer_copy(logits)
+        candidates = self._candidates or _Candidates(self._bindings.c, len(values))
+        apply, accept = self._bindings.fast.llama_sampler_apply, self._bindings.fast.llama_sampler_accept
+        if self._grammar is None:
+            token: int | None = candidates.drawn_by(apply, self._chain, values)
+        else:
+            token = self._sample_legal(candidates, values)
+            if token is not None:
+                accept(self._grammar, token)
+        if token is not None:
+            accept(self._chain, token)
+        return token
+
     def _sample_legal(self, candidates: _Candidates, logits: Any) -> int | None:
         apply = self._bindings.fast.llama_sampler_apply
         token = candidates.drawn_by(apply, self._chain, logits)

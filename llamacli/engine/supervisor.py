@@ -245,7 +245,9 @@ class EngineProcess:
         finally:
             self._questions.pop(number, None)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False) -> Stream:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False, is_stored: bool = True
+    ) -> Stream:
         """Queue a prompt; its answer comes out of the stream. What is wrong with it is raised there.
 
         Raises EngineCrashed unless the state is "ready", ResourceError when far too many streams are open.
@@ -256,7 +258,7 @@ class EngineProcess:
         self._last_id += 1
         stream = self._streams[self._last_id] = Stream(self, self._last_id)
         tokens = prompt if isinstance(prompt, array) else array("i", prompt)
-        life.say((Ask.ADD, stream.id, tokens.tobytes(), packed_params(params), trim))
+        life.say((Ask.ADD, stream.id, tokens.tobytes(), packed_params(params), trim, is_stored))
         return stream
 
     async def embed(self, texts: Sequence[str | Sequence[int]]) -> Embedded:

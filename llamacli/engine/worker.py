@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
+from time import monotonic, sleep
 from typing import Any
 
 from llamacli.engine.embedding import Embedder
@@ -38,6 +39,7 @@ from llamacli.errors import InputTooLong, LlamacliError, UsageError
 from llamacli.prompt import LONGEST_PIECE, Message, Prompt
 
 LONG_TEXT = 1 << 14  # characters; from here on tokenizing takes milliseconds, which commands should not wait for
+SAVE_SECONDS = 1.5  # that prompts which are on their way to the disk get at the end: supervisor.EXIT_SECONDS is more
 SWITCH_SECONDS = 0.001  # a thread that computes in Python lets the others in after this long
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -99,7 +101,10 @@ class Worker:
         self._channel.send((Tell.READY, asdict(self._facts)))
         engine = self._engine
         while True:
-            commands = list(self._commands(wait=not engine.has_work and not self._embeddings))
+            is_idle = not engine.has_work and not self._embeddings
+            if is_idle and engine.save_some() and self._inbox.empty():
+                continue
+            commands = list(self._commands(wait=is_idle))
             self._obey(commands)
             if engine.has_work or commands:
                 self._report(engine.step() if engine.has_work else [])
@@ -135,9 +140,10 @@ class Worker:
             elif ask == Ask.RESUME:
                 self._engine.resume(sequence)
 
-    def _add(self, request: int, prompt: bytes, values: tuple[Any, ...], trim: bool) -> None:
+    def _add(self, request: int, prompt: bytes, values: tuple[Any, ...], trim: bool, is_stored: bool) -> None:
         try:
-            sequence = self._engine.add(array("i", prompt), unpacked_params(values), trim=trim)
+            params = unpacked_params(values)
+            sequence = self._engine.add(array("i", prompt), params, trim=trim, is_stored=is_stored)
         except LlamacliError as error:
             self._refusals.append((request, type(error).__name__, str(error)))
             return
@@ -214,7 +220,11 @@ class Worker:
 
     def _hear(self) -> None:
         while True:
-            commands = self._channel.receive()
+            try:
+                commands = self._channel.receive()
+            except (EOFError, ConnectionError):
+                self._wait_for_the_disk()
+                raise
             for question in [each for each in commands if each[0] == Ask.ENCODE]:
                 commands.remove(question)
                 if _n_characters(question[2]) < LONG_TEXT:
@@ -232,6 +242,12 @@ class Worker:
                 self._inbox.put(commands)
                 if cancelled:
                     self._stop_what_nobody_waits_for()
+
+    def _wait_for_the_disk(self) -> None:
+        """The end of the last answers' prompts may just be written. What is being computed is not waited for."""
+        prefixes, deadline = self._engine.prefixes, monotonic() + SAVE_SECONDS
+        while prefixes is not None and prefixes.owes and not self._engine.has_work and monotonic() < deadline:
+            sleep(0.01)
 
     def _stop_what_nobody_waits_for(self) -> None:
         """Abort the running batch if all whose rows are in it have been cancelled: it would be computed in vain."""

@@ -39,7 +39,9 @@ class NoEngine:
     async def encode(self, asked: str | Sequence[Message]) -> Prompt:
         raise NoModel
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False) -> Stream:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False, is_stored: bool = True
+    ) -> Stream:
         raise NoModel
 
     async def embed(self, texts: Sequence[str | Sequence[int]]) -> Embedded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
@@ -44,6 +44,8 @@ class Answering:
     async def answer(self, exchange: Exchange, record: Record, ask: Ask, shape: Shape) -> None:
         """Raises Failure or LlamacliError when it cannot be answered, ClientGone when nobody is there to be told."""
         started = perf_counter()
+        if exchange.forbids_storing:
+            ask = replace(ask, is_stored=False)
         work = await self.service.open(ask)
         record.prompt_tokens = work.prompt_tokens
         watcher = asyncio.ensure_future(exchange.gone())

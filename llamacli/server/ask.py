@@ -49,12 +49,13 @@ Source = Conversation | Text | Tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """Prompts, each of them to be answered `n` times."""
+    """Prompts, each of them to be answered `n` times. `is_stored`: what is computed of them may go to the disk."""
 
     sources: tuple[Source, ...]
     params: SamplingParams
     n: int = 1
     stream: bool = False
+    is_stored: bool = True
 
 
 def sampling(fields: Fields, defaults: SamplingParams) -> SamplingParams:

@@ -62,6 +62,11 @@ class Exchange:
     def query(self) -> dict[str, str]:
         return dict(parse_qsl(self.query_string, keep_blank_values=True)) if self.query_string else {}
 
+    @property
+    def forbids_storing(self) -> bool:
+        """Cache-Control: no-store (RFC 9111, 5.2.1.5)."""
+        return "no-store" in map(str.strip, self.headers.get("cache-control", "").lower().split(","))
+
     async def body(self, limit: int, seconds: float) -> bytes:
         """The whole body. Raises Failure 413 above `limit` bytes, 408 when it takes longer than `seconds`."""
         declared = self.headers.get("content-length", "")

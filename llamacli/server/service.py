@@ -39,7 +39,9 @@ class Engine(Protocol):
 
     async def encode(self, asked: str | Sequence[Message]) -> Prompt: ...
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False) -> Stream: ...
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, trim: bool = False, is_stored: bool = True
+    ) -> Stream: ...
 
     async def embed(self, texts: Sequence[str | Sequence[int]]) -> Embedded: ...
 
@@ -161,7 +163,8 @@ class Service:
             prompts = [await self._encoded(source) for source in ask.sources]
             for prompt in prompts:
                 for i in range(ask.n):
-                    streams.append(self.engine.submit(prompt.tokens, _seeded(ask.params, i), trim=prompt.trim))
+                    params = _seeded(ask.params, i)
+                    streams.append(self.engine.submit(prompt.tokens, params, trim=prompt.trim, is_stored=ask.is_stored))
         except BaseException:
             self._leave(n, streams)
             raise

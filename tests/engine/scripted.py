@@ -27,6 +27,9 @@ class ScriptedSampler:
     def sample(self, row: int) -> int | None:
         return self._model.say(self._model.outputs[row])
 
+    def sample_from(self, logits: bytes) -> int | None:
+        return self._model.say(tuple(array("i", logits)))
+
     def close(self) -> None:
         self._model.n_samplers -= 1
 
@@ -91,6 +94,21 @@ class ScriptedModel:
 
     def logprobs(self, row: int, token: int, n_top: int) -> Logprobs:
         return Logprobs(token, 0.0, ())
+
+    def last_logits(self, row: int) -> bytes:
+        """All tokens so far: the next one is a function of them."""
+        return array("i", self.outputs[row]).tobytes()
+
+    def save(self, slot: int, start: int, end: int) -> memoryview:
+        return memoryview(array("i", self.tokens_of(slot)[start:end]).tobytes())
+
+    def restore(self, slot: int, start: int, end: int, state: memoryview) -> bool:
+        tokens = array("i", bytes(state))
+        is_right = len(tokens) == end - start and len(self.tokens_of(slot)) == start
+        if not is_right or self.n_used + len(tokens) > self.n_cells:
+            return False
+        self._cells += [(token, start + i, {slot}) for i, token in enumerate(tokens)]
+        return True
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 128 else b"?"

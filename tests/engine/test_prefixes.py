@@ -1,0 +1,150 @@
+"""Stored prefixes under the real tiny model: an answer from the disk is the answer that would have been computed."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+from conftest import Golden, MakeModel, golden
+from test_llama import GREEDY, assert_same_answer, text_of
+
+from llamacli.engine.engine import Engine
+from llamacli.engine.kv import MIN_STORED
+from llamacli.engine.llama import LlamaModel
+from llamacli.engine.prefix_store import PrefixStore
+from llamacli.engine.prefixes import Prefixes
+from llamacli.engine.sequence import Delta, SamplingParams
+from llamacli.prompt import PromptBuilder
+
+LONG = [case for case in golden() if sum(len(message.content) for message in case.messages) > 190]
+
+
+def engine_over(model: LlamaModel, directory: Path, fingerprint: bytes = bytes(32)) -> Engine:
+    return Engine(model, max_cells=1024, prefixes=Prefixes(PrefixStore(directory, fingerprint)))
+
+
+def asked(engine: Engine, prompt: array[int], params: SamplingParams = GREEDY) -> tuple[str, int]:
+    """The answer and the tokens that were not computed for it. What is to be stored is stored."""
+    deltas: list[Delta] = list(engine.generate(prompt, params, trim=True))
+    assert engine.prefixes is not None
+    for _ in engine.prefixes.save(engine.kv, engine.model):
+        pass
+    usage = deltas[-1].usage
+    assert usage is not None
+    return text_of(deltas), usage.cached_tokens
+
+
+@pytest.fixture
+def long_prompt(builder: PromptBuilder) -> array[int]:
+    prompt = max((builder.build(case.messages).tokens for case in LONG), key=len)
+    assert len(prompt) > MIN_STORED + 30
+    return prompt
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.messages[-1].content[:40])
+def test_a_golden_answer_comes_from_the_disk_as_it_was_computed(
+    case: Golden, make_model: MakeModel, builder: PromptBuilder, tmp_path: Path
+) -> None:
+    prompt = builder.build(case.messages).tokens
+    computed, _ = asked(engine_over(make_model(), tmp_path), prompt)
+    assert_same_answer(make_model(n_cells=1024), prompt, computed, case.answer)
+    assert asked(engine_over(make_model(), tmp_path), prompt) == (computed, len(prompt) if len(prompt) > 63 else 0)
+
+
+@pytest.mark.parametrize("n", [64, 65, 90, 107])
+def test_a_golden_answer_comes_from_the_disk_in_part(
+    n: int, make_model: MakeModel, builder: PromptBuilder, tmp_path: Path
+) -> None:
+    case = next(case for case in LONG if len(builder.build(case.messages).tokens) == 108)
+    prompt = builder.build(case.messages).tokens
+    asked(engine_over(make_model(), tmp_path), prompt[:n], SamplingParams(max_tokens=1))
+    answer, n_cached = asked(engine_over(make_model(n_slots=3), tmp_path), prompt)
+    assert n_cached == n
+    assert_same_answer(make_model(n_cells=1024), prompt, answer, case.answer)
+    assert asked(engine_over(make_model(), tmp_path), prompt) == (answer, 108)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=3, temperature=1.5, top_p=1, top_k=0, max_tokens=20),
+        SamplingParams(seed=4, temperature=1.2, repeat_penalty=1.5, frequency_penalty=1, min_p=0.02, max_tokens=20),
+        SamplingParams(seed=5, temperature=1, grammar="root ::= [A-Z] [a-z ]+", max_tokens=20),
+        SamplingParams(seed=6, temperature=0, logit_bias={278: 9.0}, max_tokens=5),
+        SamplingParams(seed=7, temperature=0, logprobs=3, max_tokens=5),
+        SamplingParams(seed=8, temperature=0, ignore_eos=True, max_tokens=1),
+    ],
+    ids=["hot", "penalties", "grammar", "bias", "logprobs", "one token"],
+)
+def test_every_sampler_draws_from_stored_logits_what_it_drew_from_computed_ones(
+    params: SamplingParams, make_model: MakeModel, long_prompt: array[int], tmp_path: Path
+) -> None:
+    computed, _ = asked(engine_over(make_model(), tmp_path), long_prompt, params)
+    stored, n_cached = asked(engine_over(make_model(n_slots=2), tmp_path), long_prompt, params)
+    assert (stored, n_cached >= len(long_prompt) - 1) == (computed, True)
+
+
+def test_a_bit_that_flips_anywhere_is_a_miss(make_model: MakeModel, long_prompt: array[int], tmp_path: Path) -> None:
+    chance = random.Random(1)
+    model = make_model()
+    eight = SamplingParams(temperature=0, max_tokens=8)
+    computed = asked(engine_over(model, tmp_path), long_prompt, eight)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    n_index = len(whole) - 3214 * len(long_prompt)
+    for i in [*chance.sample(range(n_index), 15), *chance.sample(range(n_index, len(whole)), 25)]:
+        damaged = bytearray(whole)
+        damaged[i] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        engine = Engine(make_model(), prefixes=Prefixes(PrefixStore(tmp_path, bytes(32))))
+        deltas = list(engine.generate(long_prompt, eight, trim=True))
+        assert (text_of(deltas), deltas[-1].usage and deltas[-1].usage.cached_tokens) == computed, f"byte {i}"
+        assert not path.exists()
+        engine.close()
+
+
+def test_cells_of_another_number_format_are_refused_even_under_our_fingerprint(
+    make_model: MakeModel, long_prompt: array[int], tmp_path: Path
+) -> None:
+    half = {"type_k": "q8_0", "type_v": "q8_0"}
+    answer, _ = asked(engine_over(make_model(**half), tmp_path), long_prompt)
+    (path,) = tmp_path.iterdir()
+    n_half = path.stat().st_size
+    assert asked(engine_over(make_model(**half), tmp_path), long_prompt) == (answer, len(long_prompt))
+    computed, n_cached = asked(engine_over(make_model(), tmp_path), long_prompt)
+    assert n_cached == 0
+    assert_same_answer(make_model(n_cells=1024), long_prompt, computed, answer)
+    path.unlink()
+    asked(engine_over(make_model(), tmp_path), long_prompt)
+    (path,) = tmp_path.iterdir()
+    n_logits = 4 * make_model().n_vocab
+    assert n_half - n_logits < 0.6 * (path.stat().st_size - n_logits)
+
+
+def test_a_restored_prefix_grows_and_shares_like_a_computed_one(
+    make_model: MakeModel, long_prompt: array[int], tmp_path: Path
+) -> None:
+    endless = SamplingParams(temperature=0, ignore_eos=True, max_tokens=160)
+    computed, _ = asked(engine_over(make_model(n_cells=256), tmp_path), long_prompt, endless)
+    model = make_model(n_cells=256)
+    assert asked(engine_over(model, tmp_path), long_prompt, endless) == (computed, len(long_prompt))
+    assert model.n_cells > 256
+    engine = engine_over(make_model(n_slots=4), tmp_path)
+    for _ in range(3):
+        engine.add(long_prompt, GREEDY)
+    said: dict[int, str] = {}
+    while not engine.is_idle:
+        for delta in engine.step():
+            said[delta.sequence_id] = said.get(delta.sequence_id, "") + delta.text
+    assert len(said) == 3 and engine.prefixes is not None
+    assert engine.prefixes.n_restored == len(long_prompt), "once for all"
+
+
+def test_a_model_that_uses_all_of_llama_cpps_slots_stores_nothing(
+    make_model: MakeModel, long_prompt: array[int], tmp_path: Path
+) -> None:
+    engine = engine_over(make_model(n_cells=1024, n_slots=256), tmp_path)
+    assert asked(engine, long_prompt)[1] == 0
+    assert list(tmp_path.iterdir()) == []
