@@ -20,7 +20,7 @@ FLOORS = [
     ["prompt", "engine.sequence", "engine.detokenizer"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
-        *("schema.grammar", "schema.reading"),
+        *("schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
     ],
     ["models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"],
     [
@@ -35,7 +35,7 @@ FLOORS = [
     ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
-    ["launch", "diagnosis", "problems"],
+    ["together", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [

@@ -194,6 +194,12 @@ def run(
         str | None,
         typer.Option(metavar="error|head|tail|middle", help="What to keep of an input that does not fit. [error]"),
     ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(help="Answer in JSON of this schema: a file, JSON, or short as in 'name, age int, tags[]'."),
+    ] = None,
+    json_object: Annotated[bool, typer.Option("--json-object", help="Answer with any JSON object.")] = False,
+    choices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Answer with exactly one of these.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the run instead.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     show_prompt: Annotated[
@@ -229,6 +235,9 @@ def run(
         stream=not no_stream,
         show_prompt=show_prompt,
         api_key=api_key,
+        schema=schema,
+        json_object=json_object,
+        choices=choices,
     )
     return command.run(resolved(flags), options, directories(os.environ), started=_State.started)
 

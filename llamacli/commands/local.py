@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from llamacli import launch as launching
 from llamacli.commands import terminal
-from llamacli.commands.deliver import EXIT_CUT, say_it_completes
+from llamacli.commands.deliver import EXIT_CUT, say_it_completes, say_it_was_closed
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.terminal import Notices
 from llamacli.engine.sequence import Delta, FinishReason, SamplingParams
@@ -22,6 +23,10 @@ from llamacli.launch import Launch
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
 from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, with_document
+
+if TYPE_CHECKING:
+    from llamacli.engine.engine import Engine
+    from llamacli.schema.form import Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class _Job:
     options: RunOptions
     notices: Notices
     notes: Notes
+    form: Form | None = None
+    added: str = ""  # what closed an answer that has a form, and is not the model's
     texts: SimpleQueue[Texts] = field(default_factory=SimpleQueue)
     out: SimpleQueue[_Started | Delta | BaseException] = field(default_factory=SimpleQueue)
 
@@ -69,8 +76,18 @@ class _Job:
         load_seconds += perf_counter() - began
         shown = builder.shown(prompt) if self.options.show_prompt else ""
         self.out.put(_Started(fitted, shown, load_seconds))
+        if self.form is not None:
+            self._generate_formed(engine, builder, prompt, self.form)
+            return
         for delta in engine.generate(prompt.tokens, self.params, trim=prompt.trim):
             self.out.put(delta)
+
+    def _generate_formed(self, engine: Engine, builder: PromptBuilder, prompt: Prompt, form: Form) -> None:
+        from llamacli.together import Together
+
+        for step in Together(engine, builder.tokenizer).answer(prompt, self.params, form):
+            self.added = step.added
+            self.out.put(step.delta)
 
     def results(self) -> Iterator[_Started | Delta]:
         while True:
@@ -117,10 +134,11 @@ class Local:
         options: RunOptions,
         notices: Notices,
         notes: Notes,
+        form: Form | None = None,
         *,
         started: float,
     ) -> None:
-        self._job = _Job(launch, params, options, notices, notes)
+        self._job = _Job(launch, params, options, notices, notes, form)
         self._progress = _Run(started)
         threading.Thread(target=self._job.work, name="engine", daemon=True).start()
 
@@ -140,6 +158,8 @@ class Local:
 
     def exit_code(self) -> int:
         assert self._progress.end is not None
+        if self._job.added:
+            return say_it_was_closed(self._progress.end, self._job.added, self._job.notices)
         return _exit_code(self._progress.end, self._job.launch, self._job.notices)
 
 
