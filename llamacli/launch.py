@@ -130,10 +130,16 @@ class ServeOptions:
 
     slots    sequences that are computed at once
     repack   rewrite the weights for this CPU; None: unless memory forbids it
+    contexts       full contexts that the cache has cells for; None: one for each slot
+    prefixes       finished answers that are kept in it; None: as many as slots, 8 at least
+    step_seconds   what the streams of others wait for a long prompt; None: as long as it takes
     """
 
     slots: int = 4
     repack: bool | None = None
+    contexts: int | None = None
+    prefixes: int | None = None
+    step_seconds: float | None = STEP_SECONDS
 
     def __post_init__(self) -> None:
         if not 1 <= self.slots <= MAX_SERVED:
@@ -211,15 +217,16 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 
     checksum.check(launch.file, launch.notes)
     layers = place(launch, gpu_devices(), machine.gpus(), notice)
-    n_slots = options.slots + max(MIN_PREFIXES, options.slots)
-    n_cells = _served_cells(launch, options.slots, n_slots, layers, usable, notice)
+    prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
+    n_slots = options.slots + prefixes
+    n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
     repack, why = _repack(launch, options, n_cells, n_slots, layers, usable)
     threads, why_threads = _threads(launch.settings)
     launch.choices |= {
         "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
         "repack": Choice(repack, why),
         "threads": Choice(threads, why_threads),
-        "batch": Choice(MAX_BATCH, f"prompts get {STEP_SECONDS:g} s of a step"),
+        "batch": Choice(MAX_BATCH, _why_batch(options.step_seconds)),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
@@ -227,19 +234,23 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         n_cells=n_cells, n_slots=n_slots, n_batch=MAX_BATCH, threads=threads, threads_batch=threads
     )
     model = LlamaModel(launch.weights, context)
-    return Engine(model, n_limit=launch.n_limit, step_seconds=STEP_SECONDS, max_running=options.slots)
+    return Engine(model, n_limit=launch.n_limit, step_seconds=options.step_seconds, max_running=options.slots)
 
 
-def _served_cells(launch: Launch, slots: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
+def _why_batch(step_seconds: float | None) -> str:
+    return "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
+
+
+def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
     """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
     header, limit = launch.header, launch.n_limit
     smallest = memory.plan(header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
     memory.check(smallest, usable)
-    wanted = -(-limit * slots // memory.CELLS) * memory.CELLS
+    wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
     n_cells = memory.largest_context(header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots)
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
-    why = f"{slots} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {slots} x {limit:,} tokens need more"
+    why = f"{contexts} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {contexts} x {limit:,} tokens need more"
     launch.choices["cells"] = Choice(n_cells, why)
     if n_cells < limit:
         notice(f"a sequence can hold {n_cells:,} tokens instead of {limit:,}: {room}")

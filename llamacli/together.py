@@ -5,7 +5,7 @@ No threads of its own: whoever owns the engine calls step().
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,18 +15,20 @@ from llamacli.prompt import Prompt, Tokenizer
 from llamacli.schema.form import Form
 from llamacli.schema.holding import Holder
 
+Key = tuple[int, int] | None
+
 
 class Step(NamedTuple):
     """What was added to one answer. `added`, in the last delta, is what closed it and is not the model's."""
 
-    key: Hashable
+    key: Key
     delta: Delta
     added: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    key: Hashable
+    key: Key
     sequence: Sequence
     holder: Holder | None
 
@@ -42,7 +44,7 @@ class Together:
     def __len__(self) -> int:
         return len(self._asked)
 
-    def ask(self, key: Hashable, prompt: Prompt, params: SamplingParams, form: Form | None = None) -> None:
+    def ask(self, key: Key, prompt: Prompt, params: SamplingParams, form: Form | None = None) -> None:
         """Queue a prompt. With a form, `params` need no grammar.
 
         Raises UsageError, and InputTooLong where no answer fits.
@@ -81,8 +83,9 @@ class Together:
         finally:
             self.cancel()
 
-    def cancel(self) -> None:
-        """Forget all answers that are in the making."""
-        for asked in self._asked.values():
-            self.engine.cancel(asked.sequence)
-        self._asked.clear()
+    def cancel(self, keys: Collection[Key] | None = None) -> None:
+        """Forget some answers that are in the making, or all."""
+        for asked in list(self._asked.values()):
+            if keys is None or asked.key in keys:
+                del self._asked[asked.sequence.id]
+                self.engine.cancel(asked.sequence)

@@ -49,18 +49,19 @@ FLOORS = [
     ],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
     ["server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen", "server.app"],
-    ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
+    ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
+    ["commands.terminal", "commands.table", "commands.progress", "commands.pace", "commands.obtain"],
     ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
-        *("commands.run", "commands.models", "commands.serve"),
+        *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
     ["commands.app"],
     ["__main__"],
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    "commands.__init__",
+    *("batch.__init__", "commands.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -74,7 +75,7 @@ HOMES = {
     "uvicorn": ["server.connection", "server.listen"],
     "uvloop": ["commands.serve"],
     "typer": ["commands.app"],
-    "rich": ["commands.progress", "commands.table"],
+    "rich": ["commands.progress", "commands.pace", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "truststore": ["models.ranges"],

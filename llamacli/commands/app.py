@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from llamacli.commands.terminal import Notices
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "batch", "embed", "tune", "bench")
+RESERVED = ("chat", "embed", "tune", "bench")
 
 COMMANDS = (
-    *("run", "serve", "pull", "list", "show", "rm", "verify"),
+    *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
     *("keys", "usage", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
@@ -240,6 +240,68 @@ def run(
         choices=choices,
     )
     return command.run(resolved(flags), options, directories(os.environ), started=_State.started)
+
+
+@app.command(epilog="""Example: echo '{"prompt": "Tell me about llama2"}' | llamacli batch -m tiny -""")
+def batch(
+    source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, or CSV by its name; - is stdin.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="Where the answers go, a line each. [stdout]")
+    ] = "-",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write an output that is there anew.")] = False,
+    template: Annotated[
+        str | None, typer.Option(help="The prompt, with a line's fields or columns in braces: 'Classify: {text}'.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(metavar="jsonl|csv", help="What IN is. [by its name]")] = None,
+    model: Model = None,
+    system: Annotated[
+        str | None, typer.Option("-s", "--system", help="System prompt of lines without one; @FILE reads a file.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", help="The longest answer, in tokens. [the context's rest]")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Randomness, 0-2. [0.6]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="See run. [0.9]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="See run. [40]")] = None,
+    min_p: Annotated[float | None, typer.Option(help="See run. [0]")] = None,
+    repeat_penalty: Annotated[float | None, typer.Option(help="See run. [1]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every answer. [random]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End answers before this text. Repeatable.")] = None,
+    schema: Annotated[str | None, typer.Option(help="Answers in JSON of this schema, as with run.")] = None,
+    json_object: Annotated[bool, typer.Option("--json-object", help="Answers that are JSON objects.")] = False,
+    choices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Answers that are one of these.")] = None,
+    on_overflow: Annotated[
+        str | None,
+        typer.Option(metavar="error|head|tail|middle", help="What to keep of a prompt that does not fit. [error]"),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Answers that are computed at once.")] = 16,
+    ctx_size: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", help="Tokens of the longest prompt and answer. [the model's]")
+    ] = None,
+    gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
+    require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
+    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
+    quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
+    verbose: Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")] = None,
+) -> int:
+    """Answer a file of prompts, all slots busy. Exit code 9 when some lines have failed."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import batch as command
+    from llamacli.commands.question import RunOptions
+
+    wishes = command.Wishes(
+        source=source,
+        output=output,
+        resume=resume,
+        force=force,
+        template=template,
+        format=format,
+        slots=slots,
+        run=RunOptions(stop=tuple(stop or ()), schema=schema, json_object=json_object, choices=choices),
+    )
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
 @app.command(epilog="Example: llamacli config")
