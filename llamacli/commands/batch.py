@@ -62,9 +62,7 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     """Answer all lines. Returns the exit code: 9 where some have failed."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     notices = Notices(quiet=settings.quiet, verbose=settings.verbose)
-    options = ServeOptions(
-        slots=wishes.slots, repack=False, contexts=min(wishes.slots, FULL_CONTEXTS), prefixes=2, step_seconds=None
-    )
+    options = served(wishes.slots)
     defaults = _defaults(settings, wishes)
     source = _Source(wishes, defaults.template)
     output = _output(wishes)
@@ -79,6 +77,15 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     launch = launching.prepare(settings, file, notices.say, notes)
     engine = _Engine(launch, options, feed, replace(defaults, model=file.name), notices)
     return _write(engine.results(), output, total, notices, quiet=settings.quiet)
+
+
+def served(slots: int) -> ServeOptions:
+    """An engine for as many answers as soon as possible, in which nobody waits for a stream.
+
+    Weights stay as they are in the file: in this CPU's own order, prompts and full batches of most files take longer.
+    Raises UsageError.
+    """
+    return ServeOptions(slots=slots, repack=False, contexts=min(slots, FULL_CONTEXTS), prefixes=2, step_seconds=None)
 
 
 def _defaults(settings: Settings, wishes: Wishes) -> Defaults:
