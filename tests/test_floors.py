@@ -35,7 +35,7 @@ FLOORS = [
     ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
-    ["together", "launch", "diagnosis", "problems"],
+    ["together", "splitting", "mapreduce", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
@@ -51,7 +51,10 @@ FLOORS = [
     ["server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen", "server.app"],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
     ["commands.terminal", "commands.table", "commands.progress", "commands.pace", "commands.obtain"],
-    ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
+    [
+        *("commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"),
+        "commands.parts",
+    ],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys"),
         *("commands.run", "commands.batch", "commands.models", "commands.serve"),

@@ -14,7 +14,7 @@ from llamacli.batch.lines import Feed
 from llamacli.batch.request import Defaults, Job, job
 from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import LlamacliError
-from llamacli.prompt import Format, Message, Prompt, PromptBuilder, fit
+from llamacli.prompt import Format, Message, Prompt, PromptBuilder, fit, room_for_answer
 from llamacli.server.answer import Answer
 from llamacli.server.ask import Conversation, Source, Text
 from llamacli.together import Step, Together
@@ -111,12 +111,11 @@ class Work:
             return self.builder.build(messages)
         limit = self.together.engine.n_limit
         *before, last = messages
-        for_answer = min(params.max_tokens, limit // 2) if params.max_tokens else limit // 4
         return fit(
             last.content,
             lambda text: self.builder.build([*before, Message(last.role, text)]),
             self.builder.tokenizer,
-            room=limit - for_answer,
+            room=limit - room_for_answer(limit, params.max_tokens),
             limit=limit,
             policy=self.on_overflow,
         ).prompt

@@ -192,7 +192,10 @@ def run(
     ] = False,
     on_overflow: Annotated[
         str | None,
-        typer.Option(metavar="error|head|tail|middle", help="What to keep of an input that does not fit. [error]"),
+        typer.Option(
+            metavar="error|head|tail|middle|map-reduce",
+            help="What to keep of an input that does not fit; map-reduce reads all of it in parts. [error]",
+        ),
     ] = None,
     schema: Annotated[
         str | None,

@@ -22,7 +22,7 @@ from llamacli.errors import EngineError
 from llamacli.launch import Launch
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
-from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, with_document
+from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, room_for_answer, with_document
 
 if TYPE_CHECKING:
     from llamacli.engine.engine import Engine
@@ -160,7 +160,7 @@ class Local:
         assert self._progress.end is not None
         if self._job.added:
             return say_it_was_closed(self._progress.end, self._job.added, self._job.notices)
-        return _exit_code(self._progress.end, self._job.launch, self._job.notices)
+        return exit_code_of(self._progress.end, self._job.launch, self._job.notices)
 
 
 def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:
@@ -175,13 +175,12 @@ def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:
         return builder.build(messages)
 
     limit = launch.n_limit
-    # An answer of unknown length gets a quarter of the context, a known one what it asked for, half at most.
-    for_answer = min(settings.max_tokens, limit // 2) if settings.max_tokens else limit // 4
+    for_answer = room_for_answer(limit, settings.max_tokens)
     text = texts.instruction if texts.document is None else texts.document
     return fit(text, build, builder.tokenizer, room=limit - for_answer, limit=limit, policy=settings.on_overflow)
 
 
-def _exit_code(end: Delta, launch: Launch, notices: Notices) -> int:
+def exit_code_of(end: Delta, launch: Launch, notices: Notices) -> int:
     if end.finish_reason is FinishReason.FAILED:
         raise EngineError("llama.cpp failed in the middle of the answer; please report this with `llamacli doctor`")
     if end.finish_reason is FinishReason.CONTEXT:

@@ -16,6 +16,11 @@ from llamacli.config import Directories, Resolved, Settings
 from llamacli.engine.sequence import draw_seed
 
 if TYPE_CHECKING:
+    from llamacli.commands.deliver import Source
+    from llamacli.commands.question import Texts
+    from llamacli.engine.sequence import SamplingParams
+    from llamacli.models.notes import Notes
+    from llamacli.models.store import ModelFile
     from llamacli.schema.form import Form
 
 
@@ -70,6 +75,11 @@ def _here(
     params = question.sampling(settings, options)
     params = replace(params, seed=draw_seed()) if params.seed is None else params
     texts = None
+    if settings.on_overflow == "map-reduce":
+        texts = question.read_texts(options.prompt, reads_stdin, notices)
+        parts = _parts(settings, options, params, form, texts, file, notices, notes, started)
+        if parts is not None:
+            return deliver(parts, as_json=options.as_json, stream=options.stream, form=form)
     if _has_neighbours(places):
         from llamacli.commands import attach
 
@@ -86,6 +96,27 @@ def _here(
     local = Local(launch, params, options, notices, notes, form, started=started)
     local.ask(texts or question.read_texts(options.prompt, reads_stdin, notices))
     return deliver(local, as_json=options.as_json, stream=options.stream, form=form)
+
+
+def _parts(
+    settings: Settings,
+    options: RunOptions,
+    params: SamplingParams,
+    form: Form | None,
+    texts: Texts,
+    file: ModelFile,
+    notices: Notices,
+    notes: Notes,
+    started: float,
+) -> Source | None:
+    """Where the answer comes from if the input has to be read in parts."""
+    from llamacli import launch as launching
+    from llamacli.commands import parts
+
+    launch = launching.prepare(settings, file, notices.say, notes)
+    if not parts.do_not_fit(launch, texts, options):
+        return None
+    return parts.Parts(launch, params, options, texts, form, notices, notes, started=started)
 
 
 def _has_neighbours(places: Directories) -> bool:
