@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamacli import __version__
+from llamacli.commands import options
+from llamacli.commands.options import Model, model_names
 from llamacli.config import Resolved, directories, resolve
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
@@ -136,23 +138,6 @@ def callback(
     """Llama 2 on your own machine. `llamacli PROMPT` is the same as `llamacli run PROMPT`."""
 
 
-def _model_names(incomplete: str) -> list[str]:
-    from llamacli.models import store
-    from llamacli.models.catalog import catalog
-
-    found: set[str] = set()
-    with suppress(OSError):  # a directory that may not be read has no names to offer
-        places = store.Places(directories(os.environ).models, store.hub_cache(os.environ))
-        found = {file.name for file in store.on_this_machine(places)}
-    return sorted(name for name in {*found, *catalog().names} if name.startswith(incomplete))
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "-m", "--model", help="A model's name, or a path to a .gguf file. [7b-chat]", autocompletion=_model_names
-    ),
-]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 JsonArrayFlag = Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")]
 
@@ -197,12 +182,9 @@ def run(
             help="What to keep of an input that does not fit; map-reduce reads all of it in parts. [error]",
         ),
     ] = None,
-    schema: Annotated[
-        str | None,
-        typer.Option(help="Answer in JSON of this schema: a file, JSON, or short as in 'name, age int, tags[]'."),
-    ] = None,
-    json_object: Annotated[bool, typer.Option("--json-object", help="Answer with any JSON object.")] = False,
-    choices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Answer with exactly one of these.")] = None,
+    schema: options.Schema = None,
+    json_object: options.JsonObject = False,
+    choices: options.Choices = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the run instead.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     show_prompt: Annotated[
@@ -230,7 +212,7 @@ def run(
     from llamacli.commands import run as command
     from llamacli.commands.question import RunOptions
 
-    options = RunOptions(
+    wishes = RunOptions(
         prompt=prompt,
         stop=tuple(stop or ()),
         raw=raw,
@@ -242,14 +224,14 @@ def run(
         json_object=json_object,
         choices=choices,
     )
-    return command.run(resolved(flags), options, directories(os.environ), started=_State.started)
+    return command.run(resolved(flags), wishes, directories(os.environ), started=_State.started)
 
 
 @app.command(epilog="""Example: echo '{"prompt": "Tell me about llama2"}' | llamacli batch -m tiny -""")
 def batch(
     source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, or CSV by its name; - is stdin.")],
     output: Annotated[
-        str, typer.Option("-o", "--output", metavar="OUT", help="Where the answers go, a line each. [stdout]")
+        str, typer.Option("-o", "--output", metavar="OUT", help="Where the answers go, a line each; - is stdout.")
     ] = "-",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that is there.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write an output that is there anew.")] = False,
@@ -261,33 +243,29 @@ def batch(
     system: Annotated[
         str | None, typer.Option("-s", "--system", help="System prompt of lines without one; @FILE reads a file.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("-n", "--max-tokens", help="The longest answer, in tokens. [the context's rest]")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Randomness, 0-2. [0.6]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="See run. [0.9]")] = None,
-    top_k: Annotated[int | None, typer.Option(help="See run. [40]")] = None,
-    min_p: Annotated[float | None, typer.Option(help="See run. [0]")] = None,
-    repeat_penalty: Annotated[float | None, typer.Option(help="See run. [1]")] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every answer. [random]")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End answers before this text. Repeatable.")] = None,
-    schema: Annotated[str | None, typer.Option(help="Answers in JSON of this schema, as with run.")] = None,
-    json_object: Annotated[bool, typer.Option("--json-object", help="Answers that are JSON objects.")] = False,
-    choices: Annotated[str | None, typer.Option(metavar="A,B,C", help="Answers that are one of these.")] = None,
+    stop: options.Stops = None,
+    schema: options.Schema = None,
+    json_object: options.JsonObject = False,
+    choices: options.Choices = None,
     on_overflow: Annotated[
         str | None,
         typer.Option(metavar="error|head|tail|middle", help="What to keep of a prompt that does not fit. [error]"),
     ] = None,
     slots: Annotated[int, typer.Option(help="Answers that are computed at once.")] = 16,
-    ctx_size: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", help="Tokens of the longest prompt and answer. [the model's]")
-    ] = None,
-    gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
-    require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
-    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
-    verbose: Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")] = None,
+    ctx_size: options.CtxSize = None,
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
 ) -> int:
     """Answer a file of prompts, all slots busy. Exit code 9 when some lines have failed."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
@@ -375,7 +353,7 @@ def serve(
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_model_names)]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=model_names)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
 
 
@@ -384,7 +362,7 @@ def pull(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="7b-chat, 13b-chat:Q5_K_M, ORG/REPO:QUANT, ...", autocompletion=_model_names
+            metavar="MODEL", help="7b-chat, 13b-chat:Q5_K_M, ORG/REPO:QUANT, ...", autocompletion=model_names
         ),
     ],
     quiet: Quiet = False,
@@ -433,7 +411,7 @@ def rm(
 @app.command(epilog="Example: llamacli verify tiny")
 def verify(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="All of them without.", autocompletion=_model_names)
+        str | None, typer.Argument(metavar="MODEL", help="All of them without.", autocompletion=model_names)
     ] = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,
