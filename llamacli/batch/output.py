@@ -25,11 +25,13 @@ class Output:
 
     done       the ids of the lines that are there
     n_failed   those of them that tell of an error
+    replaces   what is there goes away with the first line
     """
 
     descriptor: int
     done: tuple[Any, ...] = ()
     n_failed: int = 0
+    replaces: bool = False
 
 
 def opened(path: Path, *, resume: bool, force: bool) -> Output:
@@ -53,13 +55,13 @@ def opened(path: Path, *, resume: bool, force: bool) -> Output:
     if size and not (resume or force):
         raise UsageError(f"{path} exists: --resume goes on with it, --force writes it anew")
     if force:
-        return Output(descriptor)  # emptied when there is something to put into it: see begin()
+        return Output(descriptor, replaces=True)
     return _resumed(descriptor, path)
 
 
 def begin(output: Output) -> None:
-    """Empty the file unless it is gone on with. Not before there is something to write."""
-    if stat.S_ISREG(os.fstat(output.descriptor).st_mode) and not output.done:
+    """Empty a file that is to be written anew. Not before there is something to write."""
+    if output.replaces:
         os.ftruncate(output.descriptor, 0)
 
 

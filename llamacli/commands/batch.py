@@ -237,6 +237,8 @@ def _write(results: Iterator[Result], output: Output, total: int | None, notices
             if result.problem:
                 _say_failed(result, n_failed - output.n_failed, pace)
             pace.count(n_tokens=result.n_tokens)
+        if pace.done == n_done:
+            begin(output)
     except KeyboardInterrupt:
         pace.end()
         of = "" if total is None else f" of {total:,}"

@@ -113,9 +113,12 @@ def _parts(
     from llamacli import launch as launching
     from llamacli.commands import parts
 
-    launch = launching.prepare(settings, file, notices.say, notes)
-    if not parts.do_not_fit(launch, texts, options):
+    silent = launching.prepare(settings, file, lambda _: None, notes)
+    if not parts.do_not_fit(silent, texts, options):
         return None
+    if options.show_prompt:
+        notices.say("--show-prompt shows nothing of an input that is read in parts")
+    launch = launching.prepare(settings, file, notices.say, notes)
     return parts.Parts(launch, params, options, texts, form, notices, notes, started=started)
 
 

@@ -59,6 +59,17 @@ def test_it_reads_stdin_and_writes_stdout(llamacli: Run) -> None:
     assert [each["answer"] for each in answers(done.stdout)] == [ANSWER]
 
 
+def test_standard_output_is_added_to_and_never_emptied(llamacli: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with out.open("a") as file:
+        file.write("before\n")
+        file.flush()
+        done = llamacli("batch", "-", "-n", "1", input='{"prompt": "hi"}', capture_output=False, stdout=file)
+    assert done.returncode == 0
+    before, line = out.read_text().splitlines()
+    assert before == "before" and json.loads(line)["id"] == 1
+
+
 def test_a_pipe_is_answered_line_by_line_while_it_is_open(environment: dict[str, str]) -> None:
     command = [*PROGRAM, "batch", "-", "-q", *GREEDY]
     with subprocess.Popen(
@@ -243,6 +254,9 @@ def test_an_output_that_is_there_is_not_overwritten_unless_forced(llamacli: Run,
     assert len(answers(out.read_text())) == 2
     assert llamacli("batch", str(source), "-o", str(source)).returncode == 2
     assert len(source.read_text().splitlines()) == 2
+    empty = llamacli("batch", "-", "-o", str(out), "--force", "-n", "2", input="")
+    assert empty.returncode == 0 and out.read_text() == ""
+    assert llamacli(*command).returncode == 0
     broken = llamacli(*command, "--force", "-m", "/no/such.gguf")
     assert broken.returncode == 5
     assert len(answers(out.read_text())) == 2, "a model that is not there costs nothing"
