@@ -1,4 +1,4 @@
-"""One question to a text that is longer than the context: asked of each part at once, the answers combined into one.
+"""One question to a text that is longer than the context: asked of each of its parts, the answers combined into one.
 
 Combined as often as it takes for them to fit. Everything but the last answer is kept to a fixed length, so that four of
 them at least always fit together.
