@@ -37,6 +37,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.listing
 	$(BIN)/python -m benchmarks.rehearsal
+	$(BIN)/python -m benchmarks.batching --model "$$MODEL"
+	$(BIN)/python -m benchmarks.parts --model "$$MODEL"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

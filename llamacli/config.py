@@ -170,7 +170,7 @@ class Settings:
     threads: int | None = field(default=None, metadata=whole("CPU threads.", 1, 512))
     on_overflow: str = field(
         default="error",
-        metadata=choice("What to keep of an input that does not fit.", "error", "head", "tail", "middle"),
+        metadata=choice("What to keep of an input that does not fit.", "error", "head", "tail", "middle", "map-reduce"),
     )
     offline: bool = field(default=False, metadata=switch("Never use the network."))
     kv_type: str = field(

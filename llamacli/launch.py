@@ -134,15 +134,21 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
 class ServeOptions:
     """What a server wants of its engine beside the settings.
 
-    slots      sequences that are computed at once
-    repack     rewrite the weights for this CPU; None: where that makes many sequences faster, and memory has room
-    is_alike   an answer is the same to the last bit whatever was asked before it: no prefix of another one is used,
-               and no step is cut by the clock
+    slots          sequences that are computed at once
+    repack         rewrite the weights for this CPU; None: where that makes many sequences faster, and memory has room
+    is_alike       an answer is the same to the last bit whatever was asked before it: no prefix of another one is used,
+                   and no step is cut by the clock
+    contexts       full contexts that the cache has cells for; None: one for each slot
+    prefixes       finished answers that are kept in it; None: as many as slots, 8 at least
+    step_seconds   what the streams of others wait for a long prompt; None: as long as it takes
     """
 
     slots: int = 4
     repack: bool | None = None
     is_alike: bool = False
+    contexts: int | None = None
+    prefixes: int | None = None
+    step_seconds: float | None = STEP_SECONDS
 
     def __post_init__(self) -> None:
         if not 1 <= self.slots <= MAX_SERVED:
@@ -224,15 +230,17 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 
     checksum.check(launch.file, launch.notes)
     layers = place(launch, gpu_devices(), machine.gpus(), notice)
-    n_slots = options.slots + max(MIN_PREFIXES, options.slots)
-    n_cells = _served_cells(launch, options.slots, n_slots, layers, usable, notice)
+    prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
+    n_slots = options.slots + prefixes
+    n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
     repack, why = _repack(launch, options, n_cells, n_slots, layers, usable)
     threads, why_threads = _threads(launch.settings)
+    step_seconds = None if options.is_alike else options.step_seconds
     launch.choices |= {
         "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
         "repack": Choice(repack, why),
         "threads": Choice(threads, why_threads),
-        "batch": Choice(MAX_BATCH, f"prompts get {STEP_SECONDS:g} s of a step"),
+        "batch": Choice(MAX_BATCH, _why_batch(step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
@@ -247,7 +255,6 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         type_v=launch.settings.kv_type,
     )
     model = LlamaModel(launch.weights, context)
-    step_seconds = None if options.is_alike else STEP_SECONDS
     return Engine(
         model,
         n_limit=launch.n_limit,
@@ -257,20 +264,24 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     )
 
 
-def _served_cells(launch: Launch, slots: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
+def _why_batch(step_seconds: float | None) -> str:
+    return "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
+
+
+def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
     """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
     smallest = memory.plan(
         header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
     )
     memory.check(smallest, usable)
-    wanted = -(-limit * slots // memory.CELLS) * memory.CELLS
+    wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
     n_cells = memory.largest_context(
         header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
     )
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
-    why = f"{slots} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {slots} x {limit:,} tokens need more"
+    why = f"{contexts} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {contexts} x {limit:,} tokens need more"
     launch.choices["cells"] = Choice(n_cells, why)
     if n_cells < limit:
         notice(f"a sequence can hold {n_cells:,} tokens instead of {limit:,}: {room}")

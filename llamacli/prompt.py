@@ -311,6 +311,11 @@ class Fitted:
     n_kept: int
 
 
+def room_for_answer(limit: int, max_tokens: int | None) -> int:
+    """Tokens of the context that an input is to leave: what was asked for, half at most, or a quarter."""
+    return min(max_tokens, limit // 2) if max_tokens else limit // 4
+
+
 def fit(
     text: str, build: Callable[[str], Prompt], tokenizer: Tokenizer, *, room: int, limit: int, policy: str
 ) -> Fitted:
@@ -348,7 +353,7 @@ def fit(
 def _too_long(size: str, limit: int) -> InputTooLong:
     return InputTooLong(
         f"the input is {size}; the context holds {limit:,} tokens, the answer included. "
-        "Shorten it, or choose --on-overflow head, tail or middle"
+        "Shorten it, or choose --on-overflow head, tail, middle or map-reduce"
     )
 
 

@@ -153,6 +153,14 @@ def test_the_transfer_is_measured_with_its_memory() -> None:
 
 
 @pytest.mark.slow
+def test_the_batch_and_the_parts_are_measured_against_shell_loops_and_the_bare_engine() -> None:
+    batching = printed_rows("batching", "--prompts", "8")
+    assert [row[4] for row in batching] == ["≥ 4x", "≥ 0.95x"] and all(row[3] for row in batching)
+    parts = printed_rows("parts", "--pages", "4")
+    assert parts[0][4] == "≤ 0.5x" and all(row[3] for row in parts)
+
+
+@pytest.mark.slow
 def test_the_list_and_the_second_pull_are_measured() -> None:
     rows = printed_rows("listing", "--runs", "1")
     assert [row[0] for row in rows][:2] == ["llamacli list of 52 models", "llamacli pull of a model that is here"]

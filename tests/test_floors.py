@@ -20,7 +20,7 @@ FLOORS = [
     ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
-        *("schema.grammar", "schema.reading"),
+        *("schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
     ],
     ["models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"],
     [
@@ -36,7 +36,7 @@ FLOORS = [
     ["engine.prefix_file", "engine.prefix_store", "engine.prefixes"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.worker", "engine.supervisor"],
-    ["stored_prefixes", "launch", "diagnosis", "problems"],
+    ["together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
@@ -57,12 +57,19 @@ FLOORS = [
         *("server.recorder", "server.replay", "server.upstream", "server.rules", "server.replies"),
         *("server.stage", "server.rehearsal", "server.app"),
     ],
-    ["commands.terminal", "commands.table", "commands.progress", "commands.obtain"],
-    ["commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"],
+    ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
+    [
+        *("commands.terminal", "commands.table", "commands.progress", "commands.pace"),
+        *("commands.options", "commands.obtain"),
+    ],
+    [
+        *("commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"),
+        "commands.parts",
+    ],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
         *("commands.ready_file", "commands.rehearsal"),
-        *("commands.run", "commands.models", "commands.serve"),
+        *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
     ["commands.testing_options", "commands.app"],
     ["__main__"],
@@ -70,7 +77,7 @@ FLOORS = [
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("commands.__init__", "testing.__init__"),
+    *("batch.__init__", "commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -84,8 +91,8 @@ HOMES = {
     "uvicorn": ["server.listen"],
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
-    "typer": ["commands.testing_options", "commands.app"],
-    "rich": ["commands.progress", "commands.table"],
+    "typer": ["commands.testing_options", "commands.options", "commands.app"],
+    "rich": ["commands.progress", "commands.pace", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamacli import __version__
-from llamacli.commands import testing_options
+from llamacli.commands import options, testing_options
+from llamacli.commands.options import CacheSize, KvType, Model, NoCache, model_names
 from llamacli.config import Resolved, directories, resolve
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from llamacli.commands.terminal import Notices
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "batch", "embed", "tune", "bench")
+RESERVED = ("chat", "embed", "tune", "bench")
 
 COMMANDS = (
-    *("run", "serve", "pull", "list", "show", "rm", "verify"),
+    *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
     *("keys", "usage", "cache", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
@@ -139,31 +140,6 @@ def callback(
     """Llama 2 on your own machine. `llamacli PROMPT` is the same as `llamacli run PROMPT`."""
 
 
-def _model_names(incomplete: str) -> list[str]:
-    from llamacli.models import store
-    from llamacli.models.catalog import catalog
-
-    found: set[str] = set()
-    with suppress(OSError):  # a directory that may not be read has no names to offer
-        places = store.Places(directories(os.environ).models, store.hub_cache(os.environ))
-        found = {file.name for file in store.on_this_machine(places)}
-    return sorted(name for name in {*found, *catalog().names} if name.startswith(incomplete))
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "-m", "--model", help="A model's name, or a path to a .gguf file. [7b-chat]", autocompletion=_model_names
-    ),
-]
-KvType = Annotated[
-    str | None, typer.Option(metavar="f16|q8_0", help="The computed context: q8_0 takes half the memory. [f16]")
-]
-NoCache = Annotated[bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")]
-CacheSize = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="What they may take on disk; 0 keeps none. [4GB, or 5 % of what is free]"),
-]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 JsonArrayFlag = Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")]
 
@@ -204,8 +180,14 @@ def run(
     ] = False,
     on_overflow: Annotated[
         str | None,
-        typer.Option(metavar="error|head|tail|middle", help="What to keep of an input that does not fit. [error]"),
+        typer.Option(
+            metavar="error|head|tail|middle|map-reduce",
+            help="What to keep of an input that does not fit; map-reduce reads all of it in parts. [error]",
+        ),
     ] = None,
+    schema: options.Schema = None,
+    json_object: options.JsonObject = False,
+    choices: options.Choices = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the run instead.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     show_prompt: Annotated[
@@ -232,7 +214,7 @@ def run(
     from llamacli.commands import run as command
     from llamacli.commands.question import RunOptions
 
-    options = RunOptions(
+    wishes = RunOptions(
         prompt=prompt,
         stop=tuple(stop or ()),
         raw=raw,
@@ -240,8 +222,69 @@ def run(
         stream=not no_stream,
         show_prompt=show_prompt,
         api_key=api_key,
+        schema=schema,
+        json_object=json_object,
+        choices=choices,
     )
-    return command.run(resolved(flags), options, directories(os.environ), started=_State.started)
+    return command.run(resolved(flags), wishes, directories(os.environ), started=_State.started)
+
+
+@app.command(epilog="""Example: echo '{"prompt": "Tell me about llama2"}' | llamacli batch -m tiny -""")
+def batch(
+    source: Annotated[str, typer.Argument(metavar="IN", help="JSONL, or CSV by its name; - is stdin.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="Where the answers go, a line each; - is stdout.")
+    ] = "-",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write an output that is there anew.")] = False,
+    template: Annotated[
+        str | None, typer.Option(help="The prompt, with a line's fields or columns in braces: 'Classify: {text}'.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(metavar="jsonl|csv", help="What IN is. [by its name]")] = None,
+    model: Model = None,
+    system: Annotated[
+        str | None, typer.Option("-s", "--system", help="System prompt of lines without one; @FILE reads a file.")
+    ] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every answer. [random]")] = None,
+    stop: options.Stops = None,
+    schema: options.Schema = None,
+    json_object: options.JsonObject = False,
+    choices: options.Choices = None,
+    on_overflow: Annotated[
+        str | None,
+        typer.Option(metavar="error|head|tail|middle", help="What to keep of a prompt that does not fit. [error]"),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Answers that are computed at once.")] = 16,
+    ctx_size: options.CtxSize = None,
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Answer a file of prompts, all slots busy. Exit code 9 when some lines have failed."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import batch as command
+    from llamacli.commands.question import RunOptions
+
+    wishes = command.Wishes(
+        source=source,
+        output=output,
+        resume=resume,
+        force=force,
+        template=template,
+        format=format,
+        slots=slots,
+        run=RunOptions(stop=tuple(stop or ()), schema=schema, json_object=json_object, choices=choices),
+    )
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
 @app.command(epilog="Example: llamacli config")
@@ -349,7 +392,7 @@ def serve(
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_model_names)]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=model_names)]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
 
 
@@ -358,7 +401,7 @@ def pull(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="7b-chat, 13b-chat:Q5_K_M, ORG/REPO:QUANT, ...", autocompletion=_model_names
+            metavar="MODEL", help="7b-chat, 13b-chat:Q5_K_M, ORG/REPO:QUANT, ...", autocompletion=model_names
         ),
     ],
     quiet: Quiet = False,
@@ -407,7 +450,7 @@ def rm(
 @app.command(epilog="Example: llamacli verify tiny")
 def verify(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="All of them without.", autocompletion=_model_names)
+        str | None, typer.Argument(metavar="MODEL", help="All of them without.", autocompletion=model_names)
     ] = None,
     as_json: JsonFlag = False,
     quiet: Quiet = False,

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llamacli.commands import terminal
 from llamacli.commands.terminal import Answer, Notices
+from llamacli.engine.sequence import Delta, FinishReason
 from llamacli.errors import LlamacliError
+
+if TYPE_CHECKING:
+    from llamacli.schema.form import Form
 
 EXIT_CUT = 3
 
@@ -31,8 +35,22 @@ def say_it_completes(model: str, notices: Notices) -> None:
     notices.say(f"{model} is a base model: it continues your text instead of answering it")
 
 
-def deliver(source: Source, *, as_json: bool, stream: bool) -> int:
-    """Returns the exit code. What was written when something fails stays, and gets its newline."""
+def say_it_was_closed(end: Delta, added: str, notices: Notices) -> int:
+    """Of an answer that ran out of room and was given the end that its form demands. Returns the exit code."""
+    is_cut = end.finish_reason is FinishReason.CONTEXT
+    room = "the context" if is_cut else "--max-tokens"
+    shown = added if len(added) <= 60 else f"{added[:57]}..."
+    notices.say(f"the answer was closed early: {room} has no room for more; {shown} at its end is not the model's")
+    return EXIT_CUT if is_cut else 0
+
+
+def deliver(source: Source, *, as_json: bool, stream: bool, form: Form | None = None) -> int:
+    """Returns the exit code. What was written when something fails stays, and gets its newline.
+
+    form   what the answer is checked against when it is there
+
+    Raises SchemaError for an answer that does not have its form.
+    """
     answer = Answer()
     parts: list[str] = []
     # Until here Ctrl-C has ended the process at once (see __main__.py); from here on there is something to keep.
@@ -56,4 +74,7 @@ def deliver(source: Source, *, as_json: bool, stream: bool) -> int:
         if not stream:
             answer.write(text)
         answer.end()
-    return source.exit_code()
+    code = source.exit_code()
+    if form is not None:
+        form.check(text)
+    return code

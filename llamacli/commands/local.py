@@ -12,11 +12,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from llamacli import launch as launching
 from llamacli import stored_prefixes
 from llamacli.commands import terminal
-from llamacli.commands.deliver import EXIT_CUT, say_it_completes
+from llamacli.commands.deliver import EXIT_CUT, say_it_completes, say_it_was_closed
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.terminal import Notices
 from llamacli.engine.kv import MIN_STORED
@@ -25,7 +26,11 @@ from llamacli.errors import EngineError
 from llamacli.launch import Launch
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
-from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, with_document
+from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, room_for_answer, with_document
+
+if TYPE_CHECKING:
+    from llamacli.engine.engine import Engine
+    from llamacli.schema.form import Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class _Job:
     notices: Notices
     notes: Notes
     prefixes: Path  # the directory of stored ones
+    form: Form | None = None
+    added: str = ""  # what closed an answer that has a form, and is not the model's
     delivered: Event = field(default_factory=Event)  # the answer has been written: there is time for the disk
     texts: SimpleQueue[Texts] = field(default_factory=SimpleQueue)
     out: SimpleQueue[_Started | Delta | _Stored | BaseException] = field(default_factory=SimpleQueue)
@@ -83,13 +90,23 @@ class _Job:
         load_seconds += perf_counter() - began
         shown = builder.shown(prompt) if self.options.show_prompt else ""
         self.out.put(_Started(fitted, shown, load_seconds))
-        for delta in engine.generate(prompt.tokens, self.params, trim=prompt.trim):
-            self.out.put(delta)
+        if self.form is not None:
+            self._generate_formed(engine, builder, prompt, self.form)
+        else:
+            for delta in engine.generate(prompt.tokens, self.params, trim=prompt.trim):
+                self.out.put(delta)
         self.delivered.wait()
         if prefixes is not None:
             for _ in prefixes.save(engine.kv, engine.model):
                 pass
         self.out.put(_Stored(0 if prefixes is None else prefixes.n_stored))
+
+    def _generate_formed(self, engine: Engine, builder: PromptBuilder, prompt: Prompt, form: Form) -> None:
+        from llamacli.together import Together
+
+        for step in Together(engine, builder.tokenizer).answer(prompt, self.params, form):
+            self.added = step.added
+            self.out.put(step.delta)
 
     def results(self) -> Iterator[_Started | Delta]:
         while True:
@@ -147,10 +164,11 @@ class Local:
         notices: Notices,
         notes: Notes,
         prefixes: Path,
+        form: Form | None = None,
         *,
         started: float,
     ) -> None:
-        self._job = _Job(launch, params, options, notices, notes, prefixes)
+        self._job = _Job(launch, params, options, notices, notes, prefixes, form)
         self._progress = _Run(started)
         threading.Thread(target=self._job.work, name="engine", daemon=True).start()
 
@@ -176,7 +194,9 @@ class Local:
 
     def exit_code(self) -> int:
         assert self._progress.end is not None
-        return _exit_code(self._progress.end, self._job.launch, self._job.notices)
+        if self._job.added:
+            return say_it_was_closed(self._progress.end, self._job.added, self._job.notices)
+        return exit_code_of(self._progress.end, self._job.launch, self._job.notices)
 
     def store(self) -> None:
         """Keep the computed prompt on the disk for the next time. Who reads our answer need not wait for it."""
@@ -202,13 +222,12 @@ def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:
         return builder.build(messages)
 
     limit = launch.n_limit
-    # An answer of unknown length gets a quarter of the context, a known one what it asked for, half at most.
-    for_answer = min(settings.max_tokens, limit // 2) if settings.max_tokens else limit // 4
+    for_answer = room_for_answer(limit, settings.max_tokens)
     text = texts.instruction if texts.document is None else texts.document
     return fit(text, build, builder.tokenizer, room=limit - for_answer, limit=limit, policy=settings.on_overflow)
 
 
-def _exit_code(end: Delta, launch: Launch, notices: Notices) -> int:
+def exit_code_of(end: Delta, launch: Launch, notices: Notices) -> int:
     if end.finish_reason is FinishReason.FAILED:
         raise EngineError("llama.cpp failed in the middle of the answer; please report this with `llamacli doctor`")
     if end.finish_reason is FinishReason.CONTEXT:

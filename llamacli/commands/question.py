@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamacli.commands import terminal
 from llamacli.commands.terminal import Notices
 from llamacli.config import Resolved, Settings, flag_name
 from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamacli.schema.form import Form
 
 MAX_SYSTEM = 1 << 20  # bytes
 
@@ -25,6 +29,13 @@ class RunOptions:
     stream: bool = True
     show_prompt: bool = False
     api_key: str | None = field(default=None, repr=False)
+    schema: str | None = None
+    json_object: bool = False
+    choices: str | None = None
+
+    @property
+    def has_form(self) -> bool:
+        return self.schema is not None or self.json_object or self.choices is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +142,17 @@ def sampling(settings: Settings, options: RunOptions) -> SamplingParams:
         stop=options.stop,
         max_tokens=settings.max_tokens,
     )
+
+
+def form(options: RunOptions) -> Form | None:
+    """The form that the answer must have. Raises UsageError."""
+    if not options.has_form:
+        return None
+    if options.stop:
+        raise UsageError("--stop might cut an answer that must have a form: leave it out")
+    from llamacli.schema.form import wanted
+
+    return wanted(options.schema, is_object=options.json_object, choices=options.choices)
 
 
 def read_texts(argument: str | None, reads_stdin: bool, notices: Notices) -> Texts:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Queue
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamacli import __version__
 from llamacli.commands.deliver import EXIT_CUT
@@ -22,6 +22,9 @@ from llamacli.remote import address
 from llamacli.remote.address import Address
 from llamacli.remote.answer import Ending, Reader, from_contract, pieces, refusal
 from llamacli.remote.post import Reply, post
+
+if TYPE_CHECKING:
+    from llamacli.schema.form import Form
 
 KEY_HEADER = "Ocp-Apim-Subscription-Key"
 MAX_AHEAD = 1024  # pieces that nobody has written yet; a slow reader slows the server
@@ -142,7 +145,9 @@ def _beside(work: Callable[[], Iterator[str]]) -> Iterator[str]:
 class Remote:
     """An answer from any server that speaks the Llama 2 API. Raises UsageError for an address that is none."""
 
-    def __init__(self, resolved: Resolved, options: RunOptions, notices: Notices, *, started: float) -> None:
+    def __init__(
+        self, resolved: Resolved, options: RunOptions, form: Form | None, notices: Notices, *, started: float
+    ) -> None:
         settings = resolved.settings
         assert settings.remote is not None
         self._settings = settings
@@ -151,6 +156,7 @@ class Remote:
         self._key = _key(options.api_key)
         self._system = system_prompt(settings.system)
         self._fields = _chosen(resolved, options)
+        self._form = form
         self._stream = options.stream
         self._notices = notices
         self._started = started
@@ -161,6 +167,8 @@ class Remote:
         if self._system:
             body["system prompt"] = self._system
         body |= self._fields | ({"stream": True} if self._stream else {})
+        if self._form is not None:
+            body["response_format"] = _response_format(self._form)
         self._inquiry = Inquiry(
             self._where,
             body,
@@ -178,6 +186,8 @@ class Remote:
         return self._inquiry
 
     def pieces(self) -> Iterator[str]:
+        if self._form is not None and self._form.choices:
+            return iter([_unquoted("".join(self._asked.pieces()))])
         return self._asked.pieces()
 
     def exit_code(self) -> int:
@@ -198,6 +208,23 @@ class Remote:
             "input": {"tokens": None, "kept": None, "parts": 1},
             "timings": self._asked.timings(),
         }
+
+
+def _response_format(form: Form) -> dict[str, Any]:
+    """The form as both APIs know it. A choice is asked for as a JSON string."""
+    schema = form.schema if form.schema is not None else {"type": "string", "enum": list(form.choices)}
+    if schema == {"type": "object"}:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def _unquoted(answer: str) -> str:
+    """A text that came as a JSON string; or as it is, from a server that does not know response_format."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return answer.strip()
+    return value if isinstance(value, str) else answer.strip()
 
 
 def _chosen(resolved: Resolved, options: RunOptions) -> dict[str, Any]:

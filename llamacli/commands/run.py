@@ -6,6 +6,7 @@ import os
 import signal
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from llamacli.commands import question, terminal
 from llamacli.commands.deliver import deliver
@@ -13,6 +14,14 @@ from llamacli.commands.question import RunOptions
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Resolved, Settings
 from llamacli.engine.sequence import draw_seed
+
+if TYPE_CHECKING:
+    from llamacli.commands.deliver import Source
+    from llamacli.commands.question import Texts
+    from llamacli.engine.sequence import SamplingParams
+    from llamacli.models.notes import Notes
+    from llamacli.models.store import ModelFile
+    from llamacli.schema.form import Form
 
 
 def run(resolved: Resolved, options: RunOptions, places: Directories, *, started: float) -> int:
@@ -26,23 +35,37 @@ def run(resolved: Resolved, options: RunOptions, places: Directories, *, started
     notices = Notices(quiet=resolved.settings.quiet, verbose=resolved.settings.verbose)
     reads_stdin = terminal.stdin_has_text(asked_for=options.prompt == "-")
     question.check(resolved.settings, options, reads_stdin)
+    form = question.form(options)
     if question.asks_remote(resolved, options):
-        return _remote(resolved, options, reads_stdin, notices, started)
+        return _remote(resolved, options, form, reads_stdin, notices, started)
     question.check_machine(resolved.settings)
     settings = replace(resolved.settings, system=question.system_prompt(resolved.settings.system))
-    return _here(settings, options, places, reads_stdin, notices, started)
+    return _here(settings, options, form, places, reads_stdin, notices, started)
 
 
-def _remote(resolved: Resolved, options: RunOptions, reads_stdin: bool, notices: Notices, started: float) -> int:
+def _remote(
+    resolved: Resolved,
+    options: RunOptions,
+    form: Form | None,
+    reads_stdin: bool,
+    notices: Notices,
+    started: float,
+) -> int:
     from llamacli.commands.remote import Remote
 
-    remote = Remote(resolved, options, notices, started=started)  # a wrong address is said before stdin is read
+    remote = Remote(resolved, options, form, notices, started=started)  # a wrong address is said before stdin is read
     remote.ask(question.read_texts(options.prompt, reads_stdin, notices))
-    return deliver(remote, as_json=options.as_json, stream=options.stream)
+    return deliver(remote, as_json=options.as_json, stream=options.stream, form=form)
 
 
 def _here(
-    settings: Settings, options: RunOptions, places: Directories, reads_stdin: bool, notices: Notices, started: float
+    settings: Settings,
+    options: RunOptions,
+    form: Form | None,
+    places: Directories,
+    reads_stdin: bool,
+    notices: Notices,
+    started: float,
 ) -> int:
     from llamacli.commands.obtain import models_in, obtain
     from llamacli.models.notes import Notes
@@ -52,6 +75,11 @@ def _here(
     params = question.sampling(settings, options)
     params = replace(params, seed=draw_seed()) if params.seed is None else params
     texts = None
+    if settings.on_overflow == "map-reduce":
+        texts = question.read_texts(options.prompt, reads_stdin, notices)
+        parts = _parts(settings, options, params, form, texts, file, notices, notes, started)
+        if parts is not None:
+            return deliver(parts, as_json=options.as_json, stream=options.stream, form=form)
     if _has_neighbours(places):
         from llamacli.commands import attach
 
@@ -65,11 +93,35 @@ def _here(
     from llamacli.commands.local import Local
 
     launch = launching.prepare(settings, file, notices.say, notes)
-    local = Local(launch, params, options, notices, notes, places.prefixes, started=started)
+    local = Local(launch, params, options, notices, notes, places.prefixes, form, started=started)
     local.ask(texts or question.read_texts(options.prompt, reads_stdin, notices))
-    code = deliver(local, as_json=options.as_json, stream=options.stream)
+    code = deliver(local, as_json=options.as_json, stream=options.stream, form=form)
     local.store()
     return code
+
+
+def _parts(
+    settings: Settings,
+    options: RunOptions,
+    params: SamplingParams,
+    form: Form | None,
+    texts: Texts,
+    file: ModelFile,
+    notices: Notices,
+    notes: Notes,
+    started: float,
+) -> Source | None:
+    """Where the answer comes from if the input has to be read in parts."""
+    from llamacli import launch as launching
+    from llamacli.commands import parts
+
+    silent = launching.prepare(settings, file, lambda _: None, notes)
+    if not parts.do_not_fit(silent, texts, options):
+        return None
+    if options.show_prompt:
+        notices.say("--show-prompt shows nothing of an input that is read in parts")
+    launch = launching.prepare(settings, file, notices.say, notes)
+    return parts.Parts(launch, params, options, texts, form, notices, notes, started=started)
 
 
 def _has_neighbours(places: Directories) -> bool:

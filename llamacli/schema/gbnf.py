@@ -7,7 +7,7 @@ Rules that can never end are taken out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -64,6 +64,14 @@ class Many:
 Node = Text | Chars | Ref | Then | Either | Many
 NOTHING: Node = Then(())
 IMPOSSIBLE: Node = Either(())
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Finished rules by their names, each of which can end; `root` is where a text begins. `text` is their GBNF."""
+
+    bodies: Mapping[str, Node]
+    text: str
 
 
 def then(*parts: Node) -> Node:
@@ -159,7 +167,11 @@ class Rules:
         return tail
 
     def spell(self, root: Node) -> str:
-        """The grammar as GBNF. Nothing refers to its rule `root`, which comes last and starts a line.
+        """The grammar as GBNF. See finish()."""
+        return self.finish(root).text
+
+    def finish(self, root: Node) -> Grammar:
+        """The whole grammar. Nothing refers to its rule `root`, which comes last and starts a line.
 
         Raises UsageError where nothing satisfies it and where it is too long.
         """
@@ -169,12 +181,12 @@ class Rules:
             raise UsageError("the schema can never be satisfied: no finite value has this form")
         bodies = {name: _pruned(bodies[name], alive) for name in bodies if name in alive}
         used = _reached(bodies)
-        lines = [f"{name} ::= {_spelt(body)}\n" for name, body in bodies.items() if name in used]
-        text = "".join(lines)
+        bodies = {name: body for name, body in bodies.items() if name in used}
+        text = "".join(f"{name} ::= {_spelt(body)}\n" for name, body in bodies.items())
         size = len(text.encode())
         if size > MAX_BYTES:
             raise UsageError(f"the schema needs a grammar of {size:,} bytes; {MAX_BYTES:,} are taken: make it simpler")
-        return text
+        return Grammar(bodies, text)
 
 
 def _references(node: Node) -> Iterator[str]:

@@ -15,7 +15,21 @@ from urllib.parse import unquote
 
 from llamacli.errors import UsageError
 from llamacli.schema import numbers, text
-from llamacli.schema.gbnf import IMPOSSIBLE, NOTHING, Chars, Many, Node, Ref, Rules, Text, either, maybe, one_of, then
+from llamacli.schema.gbnf import (
+    IMPOSSIBLE,
+    NOTHING,
+    Chars,
+    Grammar,
+    Many,
+    Node,
+    Ref,
+    Rules,
+    Text,
+    either,
+    maybe,
+    one_of,
+    then,
+)
 from llamacli.schema.merging import ANNOTATIONS, NEVER, Schema, merged
 from llamacli.schema.values import TYPES, is_of, same, spelt
 
@@ -44,7 +58,12 @@ _KNOWN = ANNOTATIONS.union(_OF_ANY_TYPE, *_KEYWORDS.values())
 
 
 def to_grammar(schema: Schema | bool) -> str:
-    """GBNF for answers that satisfy the schema. Its rule `root` comes last.
+    """GBNF for answers that satisfy the schema. See of_schema()."""
+    return of_schema(schema).text
+
+
+def of_schema(schema: Schema | bool) -> Grammar:
+    """The grammar of answers that satisfy the schema.
 
     Raises UsageError for what is not supported, named with the place where it stands, for schemas that nothing can
     satisfy, and for those that need too large a grammar.
@@ -52,7 +71,7 @@ def to_grammar(schema: Schema | bool) -> str:
     if schema is not True and not isinstance(schema, Mapping):
         raise UsageError("the schema must be a JSON object")
     writer = _Writer(schema)
-    return writer.rules.spell(then(_MODEL_SPACE, writer.value(schema, "#")))
+    return writer.rules.finish(then(_MODEL_SPACE, writer.value(schema, "#")))
 
 
 @cache
@@ -86,11 +105,16 @@ def to_calls(functions: Mapping[str, Schema], *, required: bool) -> str:
 
 
 def choices(texts: Sequence[str]) -> str:
-    """GBNF for exactly one of these texts. Raises UsageError where there are none, or one is empty."""
+    """GBNF for exactly one of these texts. See of_choices()."""
+    return of_choices(texts).text
+
+
+def of_choices(texts: Sequence[str]) -> Grammar:
+    """The grammar of exactly one of these texts. Raises UsageError where there are none, or one is empty."""
     if not texts or not all(texts):
         raise UsageError("there must be at least one choice, and none may be empty")
     rules = Rules()
-    return rules.spell(then(_MODEL_SPACE, one_of(rules, texts)))
+    return rules.finish(then(_MODEL_SPACE, one_of(rules, texts)))
 
 
 class _Writer:

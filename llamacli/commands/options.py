@@ -1,0 +1,63 @@
+"""Options and arguments that several commands have, as Typer reads them. Nothing heavy is imported to define them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from llamacli.config import directories
+
+
+def model_names(incomplete: str) -> list[str]:
+    from llamacli.models import store
+    from llamacli.models.catalog import catalog
+
+    found: set[str] = set()
+    with suppress(OSError):  # a directory that may not be read has no names to offer
+        places = store.Places(directories(os.environ).models, store.hub_cache(os.environ))
+        found = {file.name for file in store.on_this_machine(places)}
+    return sorted(name for name in {*found, *catalog().names} if name.startswith(incomplete))
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", help="A model's name, or a path to a .gguf file. [7b-chat]", autocompletion=model_names
+    ),
+]
+# Of sampling, briefly: `run --help` explains them.
+MaxTokens = Annotated[
+    int | None, typer.Option("-n", "--max-tokens", help="The longest answer, in tokens. [the context's rest]")
+]
+Temperature = Annotated[float | None, typer.Option(help="Randomness, 0-2; 0 takes the likeliest token. [0.6]")]
+TopP = Annotated[float | None, typer.Option(help="As with run. [0.9]")]
+TopK = Annotated[int | None, typer.Option(help="As with run. [40]")]
+MinP = Annotated[float | None, typer.Option(help="As with run. [0]")]
+RepeatPenalty = Annotated[float | None, typer.Option(help="As with run. [1]")]
+Stops = Annotated[list[str] | None, typer.Option("--stop", help="End answers before this text. Repeatable.")]
+# Of the form of answers.
+Schema = Annotated[
+    str | None,
+    typer.Option(help="Answer in JSON of this schema: a file, JSON, or short as in 'name, age int, tags[]'."),
+]
+JsonObject = Annotated[bool, typer.Option("--json-object", help="Answer with any JSON object.")]
+Choices = Annotated[str | None, typer.Option(metavar="A,B,C", help="Answer with exactly one of these.")]
+# Of the machine.
+CtxSize = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens in the context. [the model's]")]
+GpuLayers = Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")]
+RequireGpu = Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")]
+KvType = Annotated[
+    str | None, typer.Option(metavar="f16|q8_0", help="The computed context: q8_0 takes half the memory. [f16]")
+]
+NoCache = Annotated[bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")]
+CacheSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="What they may take on disk; 0 keeps none. [4GB, or 5 % of what is free]"),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")]
+Offline = Annotated[bool | None, typer.Option("--offline", help="Never use the network.")]
+QuietSetting = Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
+VerboseSetting = Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")]
