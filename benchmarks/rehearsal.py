@@ -8,7 +8,6 @@ process with nothing to do but to send the next one, and ask the ten recorded qu
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -20,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
-from urllib.parse import urlsplit
 
+from benchmarks.short_requests import rate
 from benchmarks.sideways import Row, above, below, in_turn, load_average, report
 
 N_CONNECTIONS = 8
@@ -58,7 +57,7 @@ def _recording(place: Path) -> Path:
     for i in range(N_QUESTIONS):
         answer = {"status": 200, "content-type": "application/json", "response": f"answer {i}", "traceId": f"trace-{i}"}
         response = {"status": 200, "headers": {"content-type": "application/json"}, "json": answer}
-        request = {"path": "/v1/getData", "json": {"prompt": f"question {i}"}}
+        request = {"path": "/v1/getData", "json": {"prompt": f"question {i}", "max_tokens": 1}}
         lines.append({"request": request, "response": response, "traceId": f"trace-{i}"})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -92,30 +91,12 @@ def _until_ready(place: Path, options: list[str]) -> float:
 def _rate(place: Path, recording: Path, n_requests: int) -> float:
     """Requests a second."""
     with _serving(place, ["--replay", str(recording)]) as (url, _):
-        return asyncio.run(_asked(url, n_requests))
+        questions = [f"question {i}" for i in range(N_QUESTIONS)]
+        return rate(url, questions, _is_right, n_requests=n_requests, n_connections=N_CONNECTIONS)
 
 
-async def _asked(url: str, n_requests: int) -> float:
-    host = urlsplit(url)
-    per_connection = n_requests // N_CONNECTIONS
-    started = perf_counter()
-    await asyncio.gather(*(_ask(host.hostname, host.port, per_connection) for _ in range(N_CONNECTIONS)))
-    return N_CONNECTIONS * per_connection / (perf_counter() - started)
-
-
-async def _ask(host: str | None, port: int | None, n: int) -> None:
-    reader, writer = await asyncio.open_connection(host, port)
-    for i in range(n):
-        number = i % N_QUESTIONS
-        body = b'{"prompt": "question %d"}' % number
-        head = b"POST /v1/getData HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-        writer.write(head + body)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        length = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        told = json.loads(await reader.readexactly(length))
-        if told.get("response") != f"answer {number}":
-            raise SystemExit(f"a wrong answer: {told}")
-    writer.close()
+def _is_right(number: int, answer: dict[str, object]) -> bool:
+    return answer.get("response") == f"answer {number}"
 
 
 if __name__ == "__main__":

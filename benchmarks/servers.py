@@ -49,7 +49,7 @@ def commands(given: Inputs, load: Load) -> dict[str, list[str]]:
     """How each side is started; the port comes after it. llama-server where its directory is known."""
     threads = str(load.threads)
     ours = [llamacli(), "serve", "-m", given.reference, "--slots", str(load.n_slots), "-c", str(load.n_ctx)]
-    sides = {OURS: [*ours, "--threads", threads, "-q", "--port"]}
+    sides = {OURS: [*ours, "--threads", threads, "-q", "--no-cache", "--port"]}
     if given.tools:
         n_cells = str(load.n_slots * load.n_ctx)
         plain = [given.tool("llama-server"), "-m", str(given.path), "-np", str(load.n_slots), "-c", n_cells]

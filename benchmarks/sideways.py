@@ -23,15 +23,17 @@ _HEADER = ("what", "ours", "other", "ratio", "goal", "met")
 T = TypeVar("T")
 
 
-def in_turn(sides: Mapping[str, Callable[[], T]], n_runs: int) -> dict[str, list[T]]:
+def in_turn(sides: Mapping[str, Callable[[], T]], n_runs: int, *, warms_up: bool = True) -> dict[str, list[T]]:
     """Measure every side once to warm it up, then `n_runs` times: A B C, B C A, ... Progress goes to stderr.
+
+    warms_up   False for sides that have been measured before, in another way
 
     What changes in a machine within minutes (other programs, heat) then changes for all sides. Each round has an
     order of its own, the same in every run of a benchmark, so that nobody always follows the same neighbour.
     """
     found: dict[str, list[T]] = {name: [] for name in sides}
     shuffle = Random(0).shuffle
-    for i in range(n_runs + 1):
+    for i in range(0 if warms_up else 1, n_runs + 1):
         order = list(sides.items())
         shuffle(order)
         for name, measure in order:
