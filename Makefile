@@ -36,6 +36,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.prefixes --model "$$MODEL"
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.listing
+	$(BIN)/python -m benchmarks.http_cost
 	$(BIN)/python -m benchmarks.rehearsal
 	$(BIN)/python -m benchmarks.batching --model "$$MODEL"
 	$(BIN)/python -m benchmarks.parts --model "$$MODEL"

@@ -13,7 +13,6 @@ import asyncio
 import multiprocessing
 import os
 import socket
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,4 +143,4 @@ async def _until_told(bound: socket.socket, pipe: Pipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,18 +11,15 @@ import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llamacli import __version__
-from llamacli.commands import options, testing_options
-from llamacli.commands.options import CacheSize, KvType, Model, NoCache, model_names
-from llamacli.config import Resolved, directories, resolve
+from llamacli.commands import keeping, options, testing_options
+from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, resolved
+from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
-
-if TYPE_CHECKING:
-    from llamacli.commands.terminal import Notices
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
 RESERVED = ("chat", "embed", "tune", "bench")
@@ -120,11 +117,6 @@ def _reserved(name: str) -> UsageError:
     return UsageError(f"{name} is not in version {__version__}; to prompt with the word, say: llamacli -- {name}")
 
 
-def resolved(flags: dict[str, object]) -> Resolved:
-    """The settings under these flags, this environment and this machine's config file."""
-    return resolve(flags, os.environ, directories(os.environ).config_file)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"llamacli {__version__}")
@@ -138,10 +130,6 @@ def callback(
     ] = False,
 ) -> None:
     """Llama 2 on your own machine. `llamacli PROMPT` is the same as `llamacli run PROMPT`."""
-
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-JsonArrayFlag = Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")]
 
 
 @app.command(epilog='Example: llamacli run -m tiny "Tell me about llama2"')
@@ -392,75 +380,6 @@ def serve(
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=model_names)]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
-
-
-@app.command(epilog="Example: llamacli pull tiny")
-def pull(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="7b-chat, 13b-chat:Q5_K_M, ORG/REPO:QUANT, ...", autocompletion=model_names
-        ),
-    ],
-    quiet: Quiet = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More on stderr.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Only look whether it is here.")] = False,
-) -> int:
-    """Download a model, or go on with a download, and print the path of the file."""
-    from llamacli.commands import models as command
-
-    is_offline = bool(resolved({"offline": offline or None}).settings.offline)
-    return command.pull(model, directories(os.environ), quiet=quiet, verbose=verbose, offline=is_offline)
-
-
-@app.command("list", epilog="Example: llamacli list --catalog")
-def list_models(
-    catalog: Annotated[bool, typer.Option("--catalog", help="The models that can be pulled by name.")] = False,
-    as_json: JsonFlag = False,
-) -> int:
-    """List the models on this machine, or those that can be pulled."""
-    from llamacli.commands import models as command
-
-    show = command.show_catalog if catalog else command.show_list
-    return show(directories(os.environ), as_json=as_json)
-
-
-@app.command(epilog="Example: llamacli show 7b-chat")
-def show(model: ModelName, as_json: JsonFlag = False) -> int:
-    """Show what a model is: size, context, prompt format, licence, memory by context size."""
-    from llamacli.commands import models as command
-
-    return command.show(model, directories(os.environ), as_json=as_json)
-
-
-@app.command(epilog="Example: llamacli rm -y 7b-chat || echo nothing to remove")
-def rm(
-    model: ModelName,
-    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
-    quiet: Quiet = False,
-) -> int:
-    """Remove a model from this machine."""
-    from llamacli.commands import models as command
-
-    return command.remove(model, directories(os.environ), yes=yes, quiet=quiet)
-
-
-@app.command(epilog="Example: llamacli verify tiny")
-def verify(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="All of them without.", autocompletion=model_names)
-    ] = None,
-    as_json: JsonFlag = False,
-    quiet: Quiet = False,
-) -> int:
-    """Read models again and compare their checksums; exit code 5 when one is damaged."""
-    from llamacli.commands import models as command
-
-    return command.verify(model, directories(os.environ), as_json=as_json, quiet=quiet)
-
-
 @app.command(epilog="Example: llamacli doctor")
 def doctor(as_json: JsonFlag = False) -> int:
     """Check this machine and this installation; say what is wrong and how to mend it."""
@@ -469,88 +388,7 @@ def doctor(as_json: JsonFlag = False) -> int:
     return command.run(os.environ, as_json=as_json)
 
 
-keys = typer.Typer(
-    help="Subscription keys of the server: create, list, revoke.",
-    epilog="Example: llamacli keys create --name laptop --rpm 60",
-    rich_markup_mode=None,
-)
-app.add_typer(keys, name="keys")
-
-
-def _notices(*, quiet: bool = False) -> Notices:
-    from llamacli.commands.terminal import Notices
-
-    return Notices(quiet=quiet or resolved({}).settings.quiet)
-
-
-@keys.command("create", epilog="Example: llamacli keys create --name laptop --rpm 60 --tokens-per-day 100000")
-def keys_create(
-    name: Annotated[str, typer.Option(help="Whose or what for; any name that no key in force has.")],
-    rpm: Annotated[int | None, typer.Option(help="Requests in any 60 seconds. [no limit]")] = None,
-    tokens_per_day: Annotated[
-        int | None, typer.Option(help="Tokens in a UTC day, prompts and answers together. [no limit]")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Print a new key, this once: it is stored as a hash."""
-    from llamacli.commands import keys as command
-
-    data = directories(os.environ).data
-    command.create(data, _notices(), name=name, rpm=rpm, tokens_per_day=tokens_per_day, as_json=as_json)
-
-
-@keys.command("list", epilog="Example: llamacli keys list --json")
-def keys_list(as_json: JsonArrayFlag = False) -> None:
-    """Show all keys, revoked ones too; never their text."""
-    from llamacli.commands import keys as command
-
-    command.show(directories(os.environ).data, _notices(), as_json=as_json)
-
-
-@keys.command("revoke", epilog="Example: llamacli keys revoke laptop")
-def keys_revoke(reference: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key's name or id.")]) -> None:
-    """End a key. A running server refuses it within 2 seconds."""
-    from llamacli.commands import keys as command
-
-    command.revoke(directories(os.environ).data, _notices(), reference)
-
-
-@app.command(epilog="Example: llamacli usage --days 7 --json")
-def usage(
-    key: Annotated[
-        str | None, typer.Option(metavar="NAME|ID", help="Only this key; - is requests without one.")
-    ] = None,
-    days: Annotated[int, typer.Option(help="How many UTC days, today included.")] = 30,
-    as_json: JsonArrayFlag = False,
-) -> None:
-    """Show what each key has used, by day: requests, those that failed, tokens."""
-    from llamacli.commands import keys as command
-
-    command.usage(directories(os.environ).data, _notices(), reference=key, n_days=days, as_json=as_json)
-
-
-cache = typer.Typer(
-    help="Computed prefixes of prompts on disk: show, clear.",
-    epilog="Example: llamacli cache show",
-    rich_markup_mode=None,
-)
-app.add_typer(cache, name="cache")
-
-
-@cache.command("show", epilog="Example: llamacli cache show --json")
-def cache_show(as_json: JsonFlag = False) -> None:
-    """Show what is kept: model, tokens, size, last use; never the text."""
-    from llamacli.commands import cache as command
-
-    command.show(resolved({}).settings, directories(os.environ).prefixes, as_json=as_json)
-
-
-@cache.command("clear", epilog="Example: llamacli cache clear")
-def cache_clear(quiet: Quiet = False) -> None:
-    """Remove all of it."""
-    from llamacli.commands import cache as command
-
-    command.clear(directories(os.environ).prefixes, _notices(quiet=quiet))
+app.add_typer(keeping.app)
 
 
 def _settings_names() -> frozenset[str]:

@@ -1,4 +1,7 @@
-"""Options and arguments that several commands have, as Typer reads them. Nothing heavy is imported to define them."""
+"""Options and arguments that several commands have, as Typer reads them, and the settings that come of them.
+
+Nothing heavy is imported to define them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ from typing import Annotated
 
 import typer
 
-from llamacli.config import directories
+from llamacli.config import Resolved, directories, resolve
+
+
+def resolved(flags: dict[str, object]) -> Resolved:
+    """The settings under these flags, this environment and this machine's config file."""
+    return resolve(flags, os.environ, directories(os.environ).config_file)
 
 
 def model_names(incomplete: str) -> list[str]:
@@ -28,6 +36,10 @@ Model = Annotated[
         "-m", "--model", help="A model's name, or a path to a .gguf file. [7b-chat]", autocompletion=model_names
     ),
 ]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=model_names)]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+JsonArrayFlag = Annotated[bool, typer.Option("--json", help="Print a JSON array instead.")]
 # Of sampling, briefly: `run --help` explains them.
 MaxTokens = Annotated[
     int | None, typer.Option("-n", "--max-tokens", help="The longest answer, in tokens. [the context's rest]")

@@ -238,7 +238,7 @@ class _Server:
                 **({"created": COUNTED_FROM} if is_alike else {}),
             ),
             defaults=wishes.testing.defaults(_defaults(settings)),
-            origins=Origins(wishes.is_local, frozenset(wishes.cors_origins)),
+            origins=Origins(wishes.is_local, frozenset(wishes.cors_origins), is_socket=wishes.uds is not None),
             gate=Gate(accounts),
             metrics=Metrics(lambda: engine.stats),
             log=log,

@@ -7,7 +7,10 @@ from collections import deque
 from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.sequence import Chunk, Sequence
 
-MIN_CHUNK = 32  # smaller chunks read the weights too often for what they compute
+MIN_CHUNK = 8  # smaller chunks read the weights too often for what they compute
+LONG_CHUNK = (
+    64  # from so many rows on llama.cpp computes the attention of a CPU in tiles, twice as fast in a long context
+)
 TILE = 16  # rows that a CPU's matrix kernels compute together: a batch of 20 takes as long as one of 32
 UNHURRIED = 4  # times as long may a step take while no stream waits for it
 MIN_SHARED = 32  # a prefix shorter than this is not worth waiting for
@@ -109,7 +112,7 @@ class Scheduler:
             else:
                 self.n_prefilled += n
         self._chunk_cap = self._n_batch
-        if n_rows >= MIN_CHUNK and seconds > 0:
+        if n_rows >= TILE and seconds > 0:
             rate = n_rows / seconds
             self._prefill_rate = rate if not self._prefill_rate else 0.7 * self._prefill_rate + 0.3 * rate
 
@@ -161,13 +164,20 @@ class Scheduler:
         return shares
 
     def _prefill_budget(self, n_decoding: int) -> int:
-        """Prompt tokens that fit into the time of one step, and what fills its last tile."""
+        """Prompt tokens that fit into the time of one step, in whole tiles together with the streams' rows."""
         if self._step_seconds is None:
             return self._n_batch
-        seconds = self._step_seconds if n_decoding else UNHURRIED * self._step_seconds
-        n = int(self._prefill_rate * seconds) if self._prefill_rate else 4 * MIN_CHUNK
-        n_rows = n_decoding + max(MIN_CHUNK, n)
-        return -(-n_rows // TILE) * TILE - n_decoding
+        if not self._prefill_rate:
+            n = 2 * LONG_CHUNK
+        elif n_decoding:
+            n = max(MIN_CHUNK, int(self._prefill_rate * self._step_seconds))
+        else:
+            n = max(LONG_CHUNK, int(self._prefill_rate * UNHURRIED * self._step_seconds))
+        n_rows = n_decoding + n
+        n_whole = n_rows // TILE * TILE
+        if n_whole - n_decoding < MIN_CHUNK:
+            n_whole += TILE
+        return n_whole - n_decoding
 
     def _preempt(self) -> bool:
         """Send the youngest running sequence back to wait; what it has computed is given up.

@@ -39,7 +39,7 @@ from llamacli.errors import InputTooLong, LlamacliError, UsageError
 from llamacli.prompt import LONGEST_PIECE, Message, Prompt
 
 LONG_TEXT = 1 << 14  # characters; from here on tokenizing takes milliseconds, which commands should not wait for
-SAVE_SECONDS = 1.5  # that prompts which are on their way to the disk get at the end: supervisor.EXIT_SECONDS is more
+SAVE_SECONDS = 1.5  # that prompts which are on their way to the disk get at the end: life.EXIT_SECONDS is more
 SWITCH_SECONDS = 0.001  # a thread that computes in Python lets the others in after this long
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -29,16 +29,18 @@ class Origins:
     """The origins whose pages may call.
 
     is_loopback   the server is bound to this machine alone, so that no other Host can be meant
+    is_socket     it is bound to a Unix socket, which no browser can open: who passes a request on names it as he likes
     allowed       origins beside the local ones; "*" is any
     """
 
     is_loopback: bool
     allowed: frozenset[str] = frozenset()
+    is_socket: bool = False
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises Failure 403 for a page or a host name that may not call."""
         host = headers.get("host")
-        if self.is_loopback and host is not None and not _LOCAL_HOST.fullmatch(host):
+        if self._knows_its_names and host is not None and not _LOCAL_HOST.fullmatch(host):
             raise Failure(
                 403, f"the host {host[:100]!r} is not this machine: call http://localhost or http://127.0.0.1"
             )
@@ -48,10 +50,14 @@ class Origins:
                 403, f"pages from {origin[:100]} may not call: start the server with --cors-origin to let them"
             )
 
+    @property
+    def _knows_its_names(self) -> bool:
+        return self.is_loopback and not self.is_socket
+
     def _admits(self, origin: str, host: str | None) -> bool:
         if "*" in self.allowed or origin in self.allowed or _LOCAL_ORIGIN.fullmatch(origin):
             return True
-        return not self.is_loopback and host is not None and origin in (f"http://{host}", f"https://{host}")
+        return not self._knows_its_names and host is not None and origin in (f"http://{host}", f"https://{host}")
 
     def answer_headers(self, headers: Mapping[str, str]) -> list[tuple[str, str]]:
         """What lets the page read the answer. Only for an origin that has passed the check."""

@@ -26,6 +26,7 @@ from llamacli.server.service import Service
 from llamacli.server.simulation import CutOff
 from llamacli.server.stage import ROUTES, Sent
 
+MODEL_PATH = "/v1/models/"
 MAX_LOGGED = 300  # characters of a path
 CLIENT_GONE = 499  # nginx's number for a client that went away; for the log alone
 
@@ -213,7 +214,7 @@ class App:
 
     def _route(self, exchange: Exchange) -> Route:
         methods = self._routes.get(exchange.path)
-        model_path = exchange.path.startswith("/v1/models/")
+        model_path = exchange.path.startswith(MODEL_PATH)
         if methods is None and model_path:
             methods = {"GET": Route(self._model)}
         if methods is None:
@@ -242,6 +243,8 @@ class App:
         record.status = record.status or exchange.status or CLIENT_GONE
         record.seconds = perf_counter() - call.started
         route = exchange.path if exchange.path in self._routes else "other"
+        if exchange.path.startswith(MODEL_PATH):
+            route = f"{MODEL_PATH}{{model}}"
         self._metrics.request(route, record.status, record.prompt_tokens, record.completion_tokens)
         is_counted = exchange.method == "POST" and self._is_work(exchange.path)
         self._gate.leave(call.entry, record, is_counted=is_counted)
@@ -316,7 +319,7 @@ class App:
         await _send_json(call, 200, {"object": "list", "data": listed})
 
     async def _model(self, call: Call) -> None:
-        self._check_model(call.exchange.path.removeprefix("/v1/models/"))
+        self._check_model(call.exchange.path.removeprefix(MODEL_PATH))
         await _send_json(call, 200, openai.model_object(self._served.name, self._served.created))
 
     async def _health(self, call: Call) -> None:

@@ -9,8 +9,9 @@ import pytest
 from scripted import EOS, ScriptedModel, count_up
 
 from llamacli.engine.engine import Engine
+from llamacli.engine.kv import KvCache
 from llamacli.engine.model import KvFull
-from llamacli.engine.scheduler import TILE
+from llamacli.engine.scheduler import TILE, Scheduler
 from llamacli.engine.sequence import Chunk, Delta, FinishReason, SamplingParams, Sequence
 from llamacli.errors import InputTooLong, UsageError
 
@@ -172,6 +173,22 @@ def test_a_step_with_a_prompt_fills_whole_tiles() -> None:
     engine.add(list(range(3, 253)) * 2, TEN)
     engine.step()
     assert sum(n for _, _, n in model.batches[-1]) % TILE == 0
+
+
+def test_where_rows_take_long_the_prompt_s_part_of_a_step_shrinks_to_a_tile() -> None:
+    """As it does deep in a long context: there a row costs several times what it cost at the beginning."""
+    scheduler = Scheduler(KvCache(4000, 4, ScriptedModel(n_cells=4000)), n_batch=512, step_seconds=0.25)
+    stream = Sequence(0, [1, 2, 3])
+    scheduler.add(stream)
+    scheduler.commit(scheduler.schedule(), 0.01)
+    stream.tokens.append(4)
+    scheduler.add(Sequence(1, range(3, 2003)))
+    for _ in range(12):
+        chunks = scheduler.schedule()
+        n_rows = sum(chunk.n for chunk in chunks)
+        scheduler.commit(chunks, 0.02 * n_rows)
+        stream.tokens.append(5)
+    assert n_rows == TILE
 
 
 def test_of_prompts_that_come_together_the_first_does_not_wait_for_the_last() -> None:
