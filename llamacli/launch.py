@@ -201,7 +201,7 @@ def workshop(
     assert launch.weights is not None
     if cache and not wanted.is_alike:
         engine.prefixes = stored_prefixes.of(launch, Path(cache, PREFIXES), least=MIN_SERVED)
-    recall = Recall()
+    recall = Recall(0) if wanted.is_alike else Recall()
     builder = PromptBuilder(launch.header, launch.weights.vocabulary, known=model.format, recall=recall)
     facts = ModelFacts(
         name=launch.file.name,

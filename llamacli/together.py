@@ -70,7 +70,7 @@ class Together:
                 added = asked.holder.added
             if delta.finish_reason is not None:
                 del self._asked[asked.sequence.id]
-                self.engine.cancel(asked.sequence)  # does nothing where the engine has ended it itself
+                self.engine.cancel(asked.sequence, keep=True)  # does nothing where the engine has ended it itself
             steps.append(Step(asked.key, delta, added))
         return steps
 

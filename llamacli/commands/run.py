@@ -96,7 +96,8 @@ def _here(
     local = Local(launch, params, options, notices, notes, places.prefixes, form, started=started)
     local.ask(texts or question.read_texts(options.prompt, reads_stdin, notices))
     code = deliver(local, as_json=options.as_json, stream=options.stream, form=form)
-    local.store()
+    with suppress(KeyboardInterrupt):  # the answer is there: only its prompt is not kept then
+        local.store()
     return code
 
 

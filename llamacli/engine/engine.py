@@ -15,7 +15,7 @@ from llamacli.engine.detokenizer import Detokenizer
 from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.model import Aborted, BatchFailed, KvFull, Model, Sampler
 from llamacli.engine.scheduler import Scheduler
-from llamacli.engine.sequence import Delta, FinishReason, Load, Logprobs, SamplingParams, Sequence, Usage
+from llamacli.engine.sequence import Chunk, Delta, FinishReason, Load, Logprobs, SamplingParams, Sequence, Usage
 from llamacli.errors import InputTooLong, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class _Request:
     sampler: Sampler
     detokenizer: Detokenizer
     is_stored: bool  # the prompt's cells may come from the disk and go there
+    is_restored: bool  # there is nothing to be looked for on the disk, or no more
 
 
 class Engine:
@@ -61,9 +62,15 @@ class Engine:
         self.kv = KvCache(model.n_cells, model.n_slots, model)
         self._max_cells = max(max_cells or 0, model.n_cells)
         self.n_limit = min(n_limit or self._max_cells, self._max_cells)
-        self._scheduler = Scheduler(self.kv, n_batch=model.n_batch, step_seconds=step_seconds, max_running=max_running)
+        self._scheduler = Scheduler(
+            self.kv,
+            n_batch=model.n_batch,
+            step_seconds=step_seconds,
+            max_running=max_running,
+            prepare=self._prepare,
+        )
         self._requests: dict[int, _Request] = {}
-        self._known: dict[int, bytes] = {}  # sequence id → stored logits, from which its first token is to be drawn
+        self._early: list[Delta] = []  # first tokens that were drawn from stored logits, before any batch
         self._next_id = 0
 
     @property
@@ -108,10 +115,8 @@ class Engine:
         self._next_id += 1
         detokenizer = Detokenizer(params.stop, trim=trim)
         is_stored = is_stored and self.prefixes is not None and sequence.n_prompt >= self.prefixes.least
-        self._requests[sequence.id] = _Request(sequence, params, sampler, detokenizer, is_stored)
+        self._requests[sequence.id] = _Request(sequence, params, sampler, detokenizer, is_stored, not is_stored)
         self._scheduler.add(sequence)
-        if is_stored:
-            self._restore(sequence, params)
         return sequence
 
     def _check(self, prompt: array[int]) -> None:
@@ -126,11 +131,13 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Run one batch. Returns what it added to each sequence; may be empty while prompts are read."""
-        if self._known:
-            return self._begin_known()
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return self._relieve()
+        if self._early:  # they need not wait for the batch
+            early, self._early = self._early, []
+            return early
+        return self._run(chunks) if chunks else self._relieve()
+
+    def _run(self, chunks: list[Chunk]) -> list[Delta]:
         started = perf_counter()
         try:
             rows = self.model.run(chunks)
@@ -161,10 +168,13 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence at any stage and give its cells back. Does nothing if it has ended already."""
+    def cancel(self, sequence: Sequence, *, keep: bool = False) -> None:
+        """Forget a sequence at any stage and give its cells back. Does nothing if it has ended already.
+
+        keep   what is computed of it stays in the cache, as if it had ended by itself
+        """
         if sequence.id in self._requests:
-            self._retire(sequence, keep=False)
+            self._retire(sequence, keep=keep and self._keeps)
 
     def pause(self, sequence: Sequence) -> None:
         """Compute nothing more of a sequence until resume(): nobody reads its answer for now. See Scheduler.pause."""
@@ -191,25 +201,23 @@ class Engine:
         self.kv.clear()
         self.model.close()
 
-    def _restore(self, sequence: Sequence, params: SamplingParams) -> None:
-        """Take over what is stored of a prompt, as if it had been kept."""
-        assert self.prefixes is not None
-        tokens = sequence.tokens
-        running = (min(common_prefix(tokens, other.tokens), other.n_computed) for other in self._scheduler.running)
-        n_there = max(self.kv.best_cached(tokens)[1], *running, 0)
-        logits = self.prefixes.restore(tokens, self.kv, self.model, n_there)
-        if logits is not None and params.logprobs is None:
-            self._known[sequence.id] = logits
+    def _prepare(self, sequence: Sequence) -> bool:
+        """Take over what is stored of a prompt whose turn has come, as if it had been kept. False if that answers it.
 
-    def _begin_known(self) -> list[Delta]:
-        """The first tokens of answers to prompts that need no batch: their cells and their logits were stored."""
-        known, self._known = self._known, {}
-        deltas = []
-        for number, logits in known.items():
-            request = self._requests[number]
-            request.sequence.n_cached = request.sequence.n_prompt
-            deltas.append(self._take(request, request.sampler.sample_from(logits)))
-        return deltas
+        Not earlier: what is restored for somebody who waits could be given up for others until then.
+        """
+        request = self._requests[sequence.id]
+        if not request.is_restored:
+            request.is_restored = True
+            assert self.prefixes is not None
+            tokens = sequence.tokens
+            running = (min(common_prefix(tokens, other.tokens), other.n_computed) for other in self._scheduler.running)
+            n_there = max(self.kv.best_cached(tokens)[1], *running, 0)
+            logits = self.prefixes.restore(tokens, self.kv, self.model, n_there)
+            if logits is not None and request.params.logprobs is None:
+                sequence.n_cached = sequence.n_prompt
+                self._early.append(self._take(request, request.sampler.sample_from(logits)))
+        return sequence.id in self._requests
 
     def _advance(self, sequence: Sequence, row: int) -> Delta:
         """Draw the next token of a sequence and say what it adds to the text."""
@@ -252,7 +260,6 @@ class Engine:
         return Delta(sequence.id, text, token, None, reason, usage)
 
     def _retire(self, sequence: Sequence, *, keep: bool) -> None:
-        self._known.pop(sequence.id, None)
         self._scheduler.remove(sequence, keep=keep)
         self._requests.pop(sequence.id).sampler.close()
 

@@ -226,8 +226,8 @@ class PrefixStore:
         n_used = sum(size for _, size, _ in files)
         n_kept = sum(size for path, size, _ in files if path in kept)
         free = shutil.disk_usage(self._directory).free
-        budget = _budget(self._budget, free + n_used)
-        if n_bytes + n_kept > min(budget, free + n_used):
+        budget = min(_budget(self._budget, free + n_used), free + n_used)
+        if n_bytes + n_kept > budget:
             return False
         files.sort(key=lambda each: each[2])
         for path, size, _ in files:

@@ -69,6 +69,8 @@ class Prefixes:
                 n = _taken_over(found, tokens, kv, model)
             except Damaged as damaged:
                 self._store.discard(damaged.path)
+                if damaged.path.exists():  # it cannot be removed: it would be found again and again
+                    return None
                 continue
             self.n_restored += n
             return found.logits if n == len(tokens) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.sequence import Chunk, Sequence
@@ -17,6 +18,9 @@ MIN_SHARED = 32  # a prefix shorter than this is not worth waiting for
 RESERVE = 32  # cells held back for each running sequence when another one is let in
 
 
+Prepare = Callable[[Sequence], bool]
+
+
 class Scheduler:
     """First come, first served; decode rows first, then prompt chunks with the room that is left.
 
@@ -27,10 +31,18 @@ class Scheduler:
     step_seconds  how long the prefill part of one step may take, so that no stream stalls behind a long
                   prompt; None where nobody else waits
     max_running   sequences that are computed at once; the other slots hold kept prefixes. By default all slots
+    prepare       is called with a sequence whose turn has come, before a prefix is looked for; False when it has
+                  removed it
     """
 
     def __init__(
-        self, kv: KvCache, *, n_batch: int, step_seconds: float | None = 0.25, max_running: int | None = None
+        self,
+        kv: KvCache,
+        *,
+        n_batch: int,
+        step_seconds: float | None = 0.25,
+        max_running: int | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
         assert n_batch >= kv.n_slots, "every decoding sequence must find a row"
         self.kv = kv
@@ -40,6 +52,7 @@ class Scheduler:
         self.n_prefilled = 0  # rows computed of prompts, and of answers that had to be computed again
         self.n_decoded = 0
         self.n_reused = 0  # tokens whose cells were there already when their sequence was let in
+        self._prepare = prepare
         self._n_batch = n_batch
         self._max_running = kv.n_slots if max_running is None else max_running
         self._step_seconds = step_seconds
@@ -197,10 +210,13 @@ class Scheduler:
     def _admit(self) -> None:
         held: list[Sequence] = []
         while self._has_place():
-            sequence = self.waiting.popleft()
+            sequence = self.waiting[0]
             if self._is_led(sequence):
-                held.append(sequence)
+                held.append(self.waiting.popleft())
                 continue
+            if self._prepare is not None and not self._prepare(sequence):
+                continue
+            self.waiting.popleft()
             donor, length = self._longest_prefix(sequence)
             if self._is_led(sequence):
                 held.append(sequence)

@@ -148,3 +148,23 @@ def test_a_model_that_uses_all_of_llama_cpps_slots_stores_nothing(
     engine = engine_over(make_model(n_cells=1024, n_slots=256), tmp_path)
     assert asked(engine, long_prompt)[1] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_stored_is_restored_when_its_turn_has_come_and_not_computed_again(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    """While others wait, few kept prefixes have room: one that is restored too early is given up unused."""
+    prompts = [array("i", [1, 300 + i, *range(1000, 1098)]) for i in range(8)]
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    for prompt in prompts:
+        asked(engine_over(make_model(n_cells=1024), tmp_path), prompt, one)
+    prefixes = Prefixes(PrefixStore(tmp_path, bytes(32)))
+    engine = Engine(make_model(n_cells=1024, n_slots=3), max_running=1, prefixes=prefixes)
+    three = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    for prompt in prompts:
+        engine.add(prompt, three)
+    cached = []
+    while not engine.is_idle:
+        cached += [delta.usage.cached_tokens for delta in engine.step() if delta.usage]
+    assert cached == [100] * 8
+    assert engine.load.prefill_tokens == 0, "the first token comes from the stored logits"

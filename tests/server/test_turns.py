@@ -97,3 +97,15 @@ def test_a_conversation_reads_the_same_where_its_answers_are_known(
     assert (cached(known), cached(unknown)) == (first.usage.total_tokens if first.usage else 0, 0)
     assert known.choices[0].message.content == unknown.choices[0].message.content
     assert known.usage and unknown.usage and known.usage.total_tokens == unknown.usage.total_tokens
+
+
+def test_a_deterministic_server_remembers_nothing_of_what_it_has_answered(environment: dict[str, str]) -> None:
+    turns = [{"role": "user", "content": "Tell me about llama2"}]
+    body: dict[str, object] = {"messages": turns, "temperature": 1.2, "seed": 7, "max_tokens": 30}
+    with running(environment, "--deterministic") as server:
+        said = server.post(body, "/v1/chat/completions").json["choices"][0]["message"]["content"]
+        turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "Go on"}]
+        after = server.post(body, "/v1/chat/completions").json
+    with running(environment, "--deterministic") as server:
+        fresh = server.post(body, "/v1/chat/completions").json
+    assert (after["usage"], after["choices"]) == (fresh["usage"], fresh["choices"])
