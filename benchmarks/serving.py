@@ -128,7 +128,7 @@ def _rows(
         what = f"longest gap of {N_STREAMS} streams while a prompt of {prompts.n_long:,} tokens comes"
         yield from _late(what, everybody(lambda side: _among_streams(side, prompts), warms_up=False))
     if "memory" in wanted:
-        yield from _memory(sides)
+        yield from _memory(sides, prompts)
 
 
 def _distinct(found: Mapping[str, list[Crowd]]) -> Iterator[Row]:
@@ -184,7 +184,9 @@ def _late(what: str, found: Mapping[str, list[Crowd]]) -> Iterator[Row]:
     yield from against_each(OURS, what, "ms", gaps, {})
 
 
-def _memory(sides: Mapping[str, Running]) -> Iterator[Row]:
+def _memory(sides: Mapping[str, Running], prompts: Prompts) -> Iterator[Row]:
+    for side in sides.values():
+        crowd(side.port, [[Ask(prompts.of_words(N_WORDS), 4)]])
     peaks = {name: [side.peak_bytes() / 2**20] for name, side in sides.items()}
     yield from against_each(OURS, "peak memory", "MiB", peaks, {LLAMA_SERVER_AT_BEST: at_most_times(1.05)})
 
