@@ -372,6 +372,19 @@ def test_odd_addresses_lead_nowhere_or_where_they_say(server: Server) -> None:
     assert answers(talk(server, whole))[0].status == 200
 
 
+def test_a_key_in_an_address_that_leads_nowhere_is_neither_told_nor_logged(surroundings: dict[str, str]) -> None:
+    addresses = ["x?subscription-key=s3cret", "x%3fsubscription-key=s3cret", "/nowhere?subscription-key=s3cret"]
+    addresses += ["/nowhere%3Fsubscription-key=s3cret", "/v1/models/other%3Fsubscription-key=s3cret"]
+    with running(surroundings) as fresh:
+        for address in addresses:
+            (reply,) = answers(talk(fresh, get(address, "Connection: close")))
+            assert reply.status in (400, 404) and "s3cret" not in reply.text, address
+        log = fresh.end()
+    paths = [line["path"] for line in log if line["event"] == "request"]
+    assert paths[-3:] == ["/nowhere", "/nowhere", "/v1/models/other"]
+    assert "s3cret" not in json.dumps(log)
+
+
 def test_an_offer_of_another_protocol_is_passed_over(server: Server) -> None:
     """Java's HttpClient makes it with its first request, body and all."""
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA")
