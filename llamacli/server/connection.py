@@ -228,7 +228,7 @@ class Connection(asyncio.Protocol):
             self._unparsed[:0] = data[upgrade.args[0] :]
             self._stay_with_http()
         except httptools.HttpParserError as error:
-            self._refuse(Failure(400, f"the request is not HTTP: {error}"))
+            self._refuse(_not_http(error))
         else:
             self._check_head(len(data))
 
@@ -246,7 +246,10 @@ class Connection(asyncio.Protocol):
         lines = [b"POST / HTTP/1.1", *(name + b": " + value for name, value in self._framing), b"", b""]
         self._parser = httptools.HttpRequestParser(self)
         self._is_resumed = True
-        self._parser.feed_data(b"\r\n".join(lines))
+        try:
+            self._parser.feed_data(b"\r\n".join(lines))
+        except httptools.HttpParserError as error:  # what an Upgrade lets pass: Transfer-Encoding: gzip
+            self._refuse(_not_http(error))
 
     def _refuse(self, failure: Failure) -> None:
         """Answer what cannot be read, after all that could be. What follows is not listened to."""
@@ -434,6 +437,10 @@ class Connection(asyncio.Protocol):
             self._is_greeted = True
             self._transport.write(GREETING)
         self._look_again(nap)
+
+
+def _not_http(error: httptools.HttpParserError) -> Failure:
+    return Failure(400, f"the request is not HTTP: {error}")
 
 
 def _too_many_headers() -> Failure:
