@@ -185,6 +185,16 @@ def test_keys_are_asked_for_in_replay_too(tmp_path: Path, environment: dict[str,
     assert [(line["status"], line.get("key")) for line in lines] == [(401, None), (200, "command line")]
 
 
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_that_has_no_body_is_given_none(status: int, tmp_path: Path, environment: dict[str, str]) -> None:
+    """Its client would take the bytes for the answer to its next request."""
+    path = recording_of(tmp_path, ("hi", status, "a body"))
+    with running(environment, "--replay", str(path)) as server:
+        answer = raw(server, "/v1/getData", {"prompt": "hi"}).lower()
+    assert answer.startswith(b"http/1.1 %d " % status) and answer.endswith(b"\r\n\r\n")
+    assert status == 304 or b"content-length" not in answer
+
+
 # -- upstream ----------------------------------------------------------------------------------------------------
 
 
