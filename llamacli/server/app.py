@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from time import perf_counter, time
 
 from llamacli.engine.sequence import SamplingParams
@@ -83,6 +84,11 @@ class Served:
     piece_of: openai.Piece
     created: int = field(default_factory=lambda: int(time()))
 
+    @property
+    def plain_name(self) -> str:
+        """Without its directory: who has no key need not learn where the file lies."""
+        return PurePath(self.name).stem if self.name.endswith(".gguf") else self.name
+
 
 class App:
     """The ASGI application.
@@ -144,7 +150,7 @@ class App:
         origin = self._rehearsal.origin
         is_work = exchange.method == "POST" and self._is_work(exchange.path)
         trace = origin.trace_id(exchange.headers, is_work=is_work)
-        record = Record(exchange.method, exchange.path[:MAX_LOGGED], trace)
+        record = Record(exchange.method, exchange.shown_path[:MAX_LOGGED], trace)
         call = Call(exchange, record, perf_counter(), moment=origin.now())
         exchange.extra.append(("x-trace-id", call.trace_id))
         try:
@@ -218,7 +224,9 @@ class App:
         if methods is None and model_path:
             methods = {"GET": Route(self._model)}
         if methods is None:
-            raise Failure(404, f"there is nothing at {exchange.path[:100]}; the Llama 2 API is at POST /v1/getData")
+            raise Failure(
+                404, f"there is nothing at {exchange.shown_path[:100]}; the Llama 2 API is at POST /v1/getData"
+            )
         route = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if route is None:
             allowed = ", ".join(sorted(methods))
@@ -299,11 +307,11 @@ class App:
         self._check_model(name)
         return self._served.name
 
-    def _check_model(self, name: str | None) -> None:
+    def _check_model(self, name: str | None, shown: str | None = None) -> None:
         if name is not None and name not in self._served.names:
             raise Failure(
                 404,
-                f"the model {name[:100]!r} is not served here; this server has {self._served.name!r}",
+                f"the model {(shown or name)[:100]!r} is not served here; this server has {self._served.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -319,7 +327,8 @@ class App:
         await _send_json(call, 200, {"object": "list", "data": listed})
 
     async def _model(self, call: Call) -> None:
-        self._check_model(call.exchange.path.removeprefix(MODEL_PATH))
+        exchange = call.exchange
+        self._check_model(exchange.path.removeprefix(MODEL_PATH), exchange.shown_path.removeprefix(MODEL_PATH))
         await _send_json(call, 200, openai.model_object(self._served.name, self._served.created))
 
     async def _health(self, call: Call) -> None:
@@ -347,8 +356,7 @@ class App:
         engine, facts = self._service.engine, self._service.engine.facts
         return About(
             url=url_of(call.exchange),
-            # The shortest: who has no key need not learn where the file lies.
-            model=min(self._served.names, key=len),
+            model=self._served.plain_name,
             needs_key=self._gate.needs_key,
             is_local=self._origins.is_loopback,
             defaults=self._defaults,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import select
 import socket
 import struct
@@ -35,6 +36,7 @@ SEND_BUFFER = 256 << 10  # bytes; left to itself the system keeps megabytes for 
 _SLICE = 16 << 10  # bytes that are parsed at once: nothing is over its limit by more than that
 _LINGER_SECONDS = 2.0  # for a client to read why its request was not read to the end
 _FIRST_LOOK, _LAST_LOOK = 0.002, 0.1  # seconds between looks at a connection that cannot be read from
+_QUERY = re.compile(rb"\?|%3f", re.IGNORECASE)  # may hold a key, which is not to be told nor logged
 _POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # Linux only
 
 log = logging.getLogger(__name__)
@@ -226,7 +228,7 @@ class Connection(asyncio.Protocol):
             self._unparsed[:0] = data[upgrade.args[0] :]
             self._stay_with_http()
         except httptools.HttpParserError as error:
-            self._refuse(Failure(400, f"the request is not HTTP: {error}"))
+            self._refuse(_not_http(error))
         else:
             self._check_head(len(data))
 
@@ -244,7 +246,10 @@ class Connection(asyncio.Protocol):
         lines = [b"POST / HTTP/1.1", *(name + b": " + value for name, value in self._framing), b"", b""]
         self._parser = httptools.HttpRequestParser(self)
         self._is_resumed = True
-        self._parser.feed_data(b"\r\n".join(lines))
+        try:
+            self._parser.feed_data(b"\r\n".join(lines))
+        except httptools.HttpParserError as error:  # what an Upgrade lets pass: Transfer-Encoding: gzip
+            self._refuse(_not_http(error))
 
     def _refuse(self, failure: Failure) -> None:
         """Answer what cannot be read, after all that could be. What follows is not listened to."""
@@ -346,7 +351,7 @@ class Connection(asyncio.Protocol):
             path = parsed.path or b"/"
             scope |= {"path": unquote(path.decode("ascii")), "raw_path": path, "query_string": parsed.query or b""}
         except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
-            shown = url[:100].decode("latin-1")
+            shown = _QUERY.split(url, 1)[0][:100].decode("latin-1")
             scope |= {"path": "", "raw_path": b"", "query_string": b""}
             scope["refusal"] = Failure(400, f"{shown} is no address of anything here")
         return scope
@@ -432,6 +437,10 @@ class Connection(asyncio.Protocol):
             self._is_greeted = True
             self._transport.write(GREETING)
         self._look_again(nap)
+
+
+def _not_http(error: httptools.HttpParserError) -> Failure:
+    return Failure(400, f"the request is not HTTP: {error}")
 
 
 def _too_many_headers() -> Failure:

@@ -30,6 +30,7 @@ class ClientGone(Exception):
 class Exchange:
     """A request, and the answer as far as it has gone.
 
+    shown_path   what of the path may be told and logged: with its "?" encoded, a key may stand behind it
     headers   names in lower case; of a header sent twice, the last
     socket    path of the Unix socket that it came by; None for TCP
     refusal   why the request cannot be answered: it could not even be read
@@ -42,6 +43,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.shown_path: str = self.path.partition("?")[0]
         self.scheme: str = scope.get("scheme", "http")
         host, port = scope.get("server") or ("", 0)
         self.socket: str | None = host if port is None else None
@@ -124,8 +126,8 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data, "more_body": not last, "closes": closes})
 
     async def _start(self, status: int, headers: Headers) -> None:
-        self.status = status
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (*headers, *self.extra)]
+        self.status = status  # not before: with a header that cannot be sent, nothing has begun
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
 

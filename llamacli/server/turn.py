@@ -55,6 +55,7 @@ class Turn:
         self._broken: Failure | None = None
         self._news = asyncio.Event()
         self._head = b""  # is sent together with what follows it
+        self._is_bodiless = False  # whatever is given for a body
         self._is_chunked = False
         self._n_missing: int | None = None  # bytes of a body whose length is told beforehand
 
@@ -139,9 +140,12 @@ class Turn:
         named = dict(headers)
         if self._awaits_continue or b"close" in named.get(b"connection", b"").lower():
             self.keeps_alive = False  # whether a body is to come that nobody has asked for, only the client knows
-        headers = [(name, value) for name, value in headers if name != b"connection"]
+        # RFC 9110, 8.6: a 204 has no length either; that of a HEAD or a 304 is the one that a GET would have had.
+        unwanted = (b"connection", b"content-length") if status == HTTPStatus.NO_CONTENT else (b"connection",)
+        headers = [(name, value) for name, value in headers if name not in unwanted]
         is_old = self.scope["http_version"] != "1.1"
-        if self.scope["method"] != "HEAD" and status not in _WITHOUT_BODY:
+        self._is_bodiless = self.scope["method"] == "HEAD" or status in _WITHOUT_BODY
+        if not self._is_bodiless:
             if b"content-length" in named:
                 self._n_missing = int(named[b"content-length"])
             elif is_old:
@@ -160,7 +164,7 @@ class Turn:
         if self._n_missing is not None:
             self._n_missing -= len(body)
             assert self._n_missing >= 0, "the answer is longer than it was said to be"
-        if self.scope["method"] == "HEAD":
+        if self._is_bodiless:
             return b""
         if not self._is_chunked:
             return body

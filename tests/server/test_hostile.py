@@ -333,6 +333,11 @@ def test_a_client_that_asks_first_is_told_to_go_on_or_not_to(server: Server) -> 
         (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999999999\r\n\r\n{}", 400),
         (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999999999999999\r\n\r\n{}", 413),
         (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n{}", 400),
+        (
+            b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: x\r\nTransfer-Encoding: gzip\r\n"
+            b"Host: localhost\r\n\r\n{}",
+            400,
+        ),
         (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\n{}\r\n0\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n folded\r\n\r\n", 400),
@@ -370,6 +375,19 @@ def test_odd_addresses_lead_nowhere_or_where_they_say(server: Server) -> None:
         assert reply.status == 404, address
     whole = get("http://127.0.0.1/health?x=1#y", "Connection: close")
     assert answers(talk(server, whole))[0].status == 200
+
+
+def test_a_key_in_an_address_that_leads_nowhere_is_neither_told_nor_logged(surroundings: dict[str, str]) -> None:
+    addresses = ["x?subscription-key=s3cret", "x%3fsubscription-key=s3cret", "/nowhere?subscription-key=s3cret"]
+    addresses += ["/nowhere%3Fsubscription-key=s3cret", "/v1/models/other%3Fsubscription-key=s3cret"]
+    with running(surroundings) as fresh:
+        for address in addresses:
+            (reply,) = answers(talk(fresh, get(address, "Connection: close")))
+            assert reply.status in (400, 404) and "s3cret" not in reply.text, address
+        log = fresh.end()
+    paths = [line["path"] for line in log if line["event"] == "request"]
+    assert paths[-3:] == ["/nowhere", "/nowhere", "/v1/models/other"]
+    assert "s3cret" not in json.dumps(log)
 
 
 def test_an_offer_of_another_protocol_is_passed_over(server: Server) -> None:

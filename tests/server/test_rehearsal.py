@@ -143,6 +143,22 @@ def test_what_is_asked_again_gets_the_next_recorded_answer_and_the_last_one_stay
         assert server.request("GET", "/v1/models").json["data"][0]["id"] == "recorded"
 
 
+def test_what_a_recorded_request_calls_its_model_is_not_told_to_everybody(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    path = tmp_path / "named.jsonl"
+    asked = {"path": "/v1/completions", "json": {"model": "m1", "prompt": "hi"}}
+    lines = [
+        {"format": "llamacli-recording", "version": 1, "model": "recorded"},
+        {"request": asked, "response": {"status": 200, "text": "yes"}},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with running(environment, "--replay", str(path)) as server:
+        described = server.request("GET", "/openapi.json").json
+        assert described["info"]["summary"].startswith(f"{server.request('GET', '/v1/models').json['data'][0]['id']}, ")
+        assert "m1" not in json.dumps(described)
+
+
 def recording_of(place: Path, *said: tuple[str, int, str]) -> Path:
     path = place / "said.jsonl"
     lines = [{"format": "llamacli-recording", "version": 1}]
@@ -183,6 +199,16 @@ def test_keys_are_asked_for_in_replay_too(tmp_path: Path, environment: dict[str,
         assert server.post({"prompt": "hi"}, Ocp_Apim_Subscription_Key="right").text == "yes"
         lines = server.end()
     assert [(line["status"], line.get("key")) for line in lines] == [(401, None), (200, "command line")]
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_that_has_no_body_is_given_none(status: int, tmp_path: Path, environment: dict[str, str]) -> None:
+    """Its client would take the bytes for the answer to its next request."""
+    path = recording_of(tmp_path, ("hi", status, "a body"))
+    with running(environment, "--replay", str(path)) as server:
+        answer = raw(server, "/v1/getData", {"prompt": "hi"}).lower()
+    assert answer.startswith(b"http/1.1 %d " % status) and answer.endswith(b"\r\n\r\n")
+    assert status == 304 or b"content-length" not in answer
 
 
 # -- upstream ----------------------------------------------------------------------------------------------------
@@ -295,7 +321,8 @@ def test_half_a_body_another_type_and_slow_bytes(replaying: Server) -> None:
 def test_a_stream_is_cut_after_so_many_events_with_nothing_that_looks_like_an_end(replaying: Server) -> None:
     _, body = faulty(replaying, "cut-after=2", stream=True)
     assert body.count(b"data: ") == 2 and not body.endswith(b"0\r\n\r\n")
-    assert faulty(replaying, "cut-after=0", stream=True)[1] == b""
+    head, body = faulty(replaying, "cut-after=0", stream=True)
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and body == b""
     _, body = faulty(replaying, "malformed", stream=True)
     first, *_ = (line for line in body.split(b"\r\n") if line.startswith(b"data: "))
     with pytest.raises(ValueError):

@@ -308,6 +308,7 @@ def test_a_page_on_this_machine_may(server: Server) -> None:
         "OPTIONS", "/v1/getData", Origin="http://localhost:3000", Access_Control_Request_Method="POST"
     )
     assert asked.status == 204 and "ocp-apim-subscription-key" in asked.headers["access-control-allow-headers"]
+    assert asked.text == "" and not {"content-length", "transfer-encoding"} & asked.headers.keys()
     reply = server.post({"prompt": "hi", "max_tokens": 1}, Origin="http://localhost:3000")
     assert reply.status == 200 and reply.headers["access-control-allow-origin"] == "http://localhost:3000"
 
