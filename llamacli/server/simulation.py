@@ -189,6 +189,9 @@ class _Way:
     async def _stream(self, data: bytes, *, is_last: bool) -> None:
         if self._start is not None:
             await self._send(self._start)
+            await self._send(
+                {"type": "http.response.body", "body": b"", "more_body": True}
+            )  # so that the head goes out
             self._start = None
             await self._cut_if_due()
         self._rest += data
