@@ -25,13 +25,13 @@ class Output:
 
     done       the ids of the lines that are there
     n_failed   those of them that tell of an error
-    replaces   what is there goes away with the first line
+    end        in bytes: what is behind it goes away with the first line; None where nothing does
     """
 
     descriptor: int
     done: tuple[Any, ...] = ()
     n_failed: int = 0
-    replaces: bool = False
+    end: int | None = None
 
 
 def opened(path: Path, *, resume: bool, force: bool) -> Output:
@@ -55,14 +55,15 @@ def opened(path: Path, *, resume: bool, force: bool) -> Output:
     if size and not (resume or force):
         raise UsageError(f"{path} exists: --resume goes on with it, --force writes it anew")
     if force:
-        return Output(descriptor, replaces=True)
+        return Output(descriptor, end=0)
     return _resumed(descriptor, path)
 
 
 def begin(output: Output) -> None:
-    """Empty a file that is to be written anew. Not before there is something to write."""
-    if output.replaces:
-        os.ftruncate(output.descriptor, 0)
+    """Take away what is not to stay. Not before it is certain that the file is the one that is meant."""
+    if output.end is not None:
+        os.ftruncate(output.descriptor, output.end)
+        os.lseek(output.descriptor, output.end, os.SEEK_SET)
 
 
 def _resumed(descriptor: int, path: Path) -> Output:
@@ -81,9 +82,7 @@ def _resumed(descriptor: int, path: Path) -> Output:
             ids.append(found["custom_id"] if "custom_id" in found else found["id"])
             n_failed += has_failed(found)
             end += len(raw)
-    os.ftruncate(descriptor, end)
-    os.lseek(descriptor, end, os.SEEK_SET)
-    return Output(descriptor, tuple(ids), n_failed)
+    return Output(descriptor, tuple(ids), n_failed, end)
 
 
 def _written(raw: bytes) -> dict[str, Any] | None:

@@ -72,6 +72,7 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     _skip(feed, output, wishes)
     total = source.total()
     if total is not None and total == len(output.done):
+        begin(output)
         notices.say(f"all {total:,} lines are done already")
         return EXIT_FAILED if output.n_failed else 0
     notes = Notes(places.cache)

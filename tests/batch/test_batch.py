@@ -282,6 +282,23 @@ def test_resume_goes_on_where_it_stopped_and_says_so(llamacli: Run, tmp_path: Pa
     assert "6 lines and" in llamacli(*command, "--resume").stderr
 
 
+def test_a_file_is_not_touched_before_it_is_known_to_be_this_input_s(llamacli: Run, tmp_path: Path) -> None:
+    source, out = written(tmp_path / "in.jsonl", *prompts(2)), tmp_path / "out.jsonl"
+    command = ("batch", str(source), "-o", str(out), "-n", "2")
+    other = '{"id": "x", "answer": "precious"}\n{"id": "y", "ans'
+    out.write_text(other)
+    refused = llamacli(*command, "--resume")
+    assert refused.returncode == 2 and "was not written from" in refused.stderr
+    assert out.read_text() == other
+    whole = '{"id": "q0", "answer": "a"}\n{"id": "q1", "answer": "b"}\n'
+    out.write_text(whole + '{"id": "q')
+    done = llamacli(*command, "--resume")
+    assert done.returncode == 0 and "done already" in done.stderr and out.read_text() == whole
+    source.write_text("")
+    assert llamacli(*command, "--force").returncode == 0
+    assert out.read_text() == "", "an empty input has no answers"
+
+
 def test_a_resumed_run_still_tells_of_lines_that_failed_before(llamacli: Run, tmp_path: Path) -> None:
     source, out = written(tmp_path / "in.jsonl", "{}", *prompts(2)), tmp_path / "out.jsonl"
     assert llamacli("batch", str(source), "-o", str(out), "-n", "2").returncode == 9
