@@ -64,6 +64,8 @@ def test_an_object_is_closed_within_its_budget_and_that_is_said(llamacli: Run) -
         (["--schema", '{"enum": []}'], "never be satisfied"),
         (["--schema", '{"$ref": "#"}'], "no finite value"),
         (["--schema", '{"type": "object"'], "--schema is not JSON"),
+        (["--schema", '{"const": ' + "1" * 5000 + "}"], "--schema holds a number of more digits than can be read"),
+        (["--schema", '{"allOf": [{"enum": 5}, {"enum": [1]}]}'], "no valid JSON schema"),
         (["--schema", "name text"], "a type (str, int, number, bool) was expected"),
         (["--schema", "/no/such.json"], "No such file"),
         (["--schema", ""], "--schema is empty"),

@@ -76,12 +76,19 @@ def job(line: Line, defaults: Defaults) -> Job:
     values = line.values
     if values is None:
         return Job(line, Plain(line, None), problem=UsageError(f"line {line.number:,}: {line.problem}"))
-    if defaults.template is None and ("custom_id" in values or "body" in values):
-        return _of_openai(line, values, defaults)
+    is_openai = defaults.template is None and ("custom_id" in values or "body" in values)
     try:
+        if is_openai:
+            return _of_openai(line, values, defaults)
         return _of_template(line, values, defaults) if defaults.template else _of_fields(line, Fields(values), defaults)
     except (Failure, LlamacliError) as error:
-        return Job(line, Plain(line, None), problem=_at(line, error))
+        problem = _at(line, error)
+    except Exception as error:  # one strange line is no reason to leave the others without an answer
+        problem = UsageError(f"line {line.number:,}: it cannot be read: {type(error).__name__}: {str(error)[:200]}")
+    if not is_openai:
+        return Job(line, Plain(line, None), problem=problem)
+    shape = OpenAi(line, None, str(values.get("url")), defaults.model)
+    return Job(line, _Refused(shape.invalid(str(problem))), problem=problem)
 
 
 def _at(line: Line, error: Failure | LlamacliError) -> LlamacliError:

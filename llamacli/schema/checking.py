@@ -11,16 +11,22 @@ from llamacli.errors import SchemaError, UsageError
 
 def satisfies(value: Any, schema: Mapping[str, Any], where: str = "#") -> bool:
     """Raises UsageError for what is no schema."""
-    return next(_errors(value, schema, where), None) is None
+    try:
+        return next(_errors(value, schema, where), None) is None
+    except (TypeError, ValueError, ArithmeticError, RecursionError):
+        raise UsageError(f"{where}: the schema is nested too deeply, or its numbers are too large") from None
 
 
 def validate(schema: Mapping[str, Any] | bool, text: str) -> Any:
     """The value of an answer. Raises SchemaError, with the place and the reason, for one that breaks its schema."""
     try:
         value = json.loads(text)
+        broken = next(_errors(value, schema, "#"), None)
     except json.JSONDecodeError as error:
         raise SchemaError(f"the answer is not whole JSON: {error.msg} at character {error.pos + 1}") from None
-    for broken in _errors(value, schema, "#"):
+    except (ValueError, ArithmeticError, RecursionError):
+        raise SchemaError("the answer cannot be read: it is nested too deeply, or its numbers are too long") from None
+    if broken is not None:
         raise SchemaError(f"the answer does not satisfy the schema: {broken.json_path}: {broken.message[:300]}")
     return value
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from llamacli.errors import UsageError
@@ -33,6 +33,7 @@ from llamacli.schema.gbnf import (
 from llamacli.schema.merging import ANNOTATIONS, NEVER, Schema, merged
 from llamacli.schema.values import TYPES, is_of, same, spelt
 
+T = TypeVar("T")
 MAX_DEPTH = 64  # schemas in one another
 MAX_BOUND_DIGITS = 17  # tell all float64 numbers apart
 MAX_MULTIPLES = 1000  # that are written out
@@ -70,8 +71,23 @@ def of_schema(schema: Schema | bool) -> Grammar:
     """
     if schema is not True and not isinstance(schema, Mapping):
         raise UsageError("the schema must be a JSON object")
+    return _guarded(schema, lambda: _whole(schema))
+
+
+def _whole(schema: Schema | bool) -> Grammar:
     writer = _Writer(schema)
     return writer.rules.finish(then(_MODEL_SPACE, writer.value(schema, "#")))
+
+
+def _guarded(schema: Any, write: Callable[[], T]) -> T:
+    """What is written. Whoever stumbles over a schema that is none raises UsageError, which says where it is wrong."""
+    try:
+        return write()
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        from llamacli.schema.checking import satisfies
+
+        satisfies(None, schema)  # for what it says
+        raise UsageError("#: the schema is too large or too strange to be held by a grammar") from None
 
 
 @cache
@@ -91,7 +107,7 @@ def to_calls(functions: Mapping[str, Schema], *, required: bool) -> str:
     calls = []
     for name, schema in functions.items():
         try:
-            arguments = _Writer(schema, rules).value(merged({"type": "object"}, schema, "#"), "#")
+            arguments = _guarded(schema, partial(_arguments, schema, rules))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         # No white space around them: a client sends name and arguments back, and the same text is to come of it.
@@ -102,6 +118,10 @@ def to_calls(functions: Mapping[str, Schema], *, required: bool) -> str:
         return rules.spell(then(_MODEL_SPACE, call))
     words = then(Chars(_BEGINS_A_TEXT), Many(Chars(_ANY), 0, None))
     return rules.spell(then(_MODEL_SPACE, either(call, words, NOTHING)))
+
+
+def _arguments(schema: Schema, rules: Rules) -> Node:
+    return _Writer(schema, rules).value(merged({"type": "object"}, schema, "#"), "#")
 
 
 def choices(texts: Sequence[str]) -> str:

@@ -60,6 +60,8 @@ def _parsed(text: str, name: str) -> Any:
         raise UsageError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise UsageError(f"{name} is nested too deeply") from None
+    except ValueError:
+        raise UsageError(f"{name} holds a number of more digits than can be read") from None
     if not isinstance(schema, dict):
         raise UsageError(f"{name} must be a JSON object")
     return schema

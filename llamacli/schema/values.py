@@ -27,7 +27,7 @@ def is_of(value: Any, kind: str) -> bool:
     if isinstance(value, bool) or value is None:
         return kind == ("null" if value is None else "boolean")
     if isinstance(value, int | float):
-        return kind == "number" or (kind == "integer" and value == int(value))
+        return kind == "number" or (kind == "integer" and (isinstance(value, int) or value.is_integer()))
     names: dict[type, str] = {str: "string", list: "array", dict: "object"}
     return kind == names.get(type(value))
 

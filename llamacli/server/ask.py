@@ -101,11 +101,13 @@ def _grammar_of(described: Fields) -> str:
         described.text(name)
     described.flag("strict")
     described.refuse_unknown()
+    where = described.name("schema")
     try:
         return _compiled(json.dumps(found))
     except UsageError as error:
-        where = described.name("schema")
         raise Failure(400, f"{where}: {error}", param=where) from None
+    except RecursionError:
+        raise Failure(400, f"{where} is nested too deeply", param=where) from None
 
 
 @lru_cache(MAX_KEPT)

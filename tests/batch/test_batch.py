@@ -163,6 +163,23 @@ def test_forms_hold_for_a_line_or_for_all(llamacli: Run, tmp_path: Path) -> None
         assert each["finish_reason"] == "stop" or each["answer"].endswith(each.get("closed_with", ""))
 
 
+def test_a_schema_that_is_none_is_an_error_of_its_line(llamacli: Run, tmp_path: Path) -> None:
+    broken = {"type": "integer", "allOf": [{"minimum": 1}, {"minimum": "2"}]}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": broken}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "response_format": asked}
+    source = written(
+        tmp_path / "in.jsonl",
+        {"prompt": "hi", "schema": broken},
+        {"custom_id": "o", "url": "/v1/chat/completions", "body": body},
+        {"prompt": "hi"},
+    )
+    done = llamacli("batch", str(source), "-n", "2")
+    ours, openai, good = answers(done.stdout)
+    assert done.returncode == 9 and "Traceback" not in done.stderr
+    assert ours["error"]["code"] == 2 and "no valid JSON schema" in ours["error"]["message"]
+    assert openai["response"]["status_code"] == 400 and good["answer"]
+
+
 def test_openai_s_format_is_answered_in_openai_s_format(llamacli: Run, tmp_path: Path) -> None:
     chat = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     envelope = {"method": "POST", "url": "/v1/chat/completions"}
