@@ -38,14 +38,16 @@ def opened(path: Path, *, resume: bool, force: bool) -> Output:
     """Raises UsageError where the file may not be written, or cannot be gone on with."""
     if resume and force:
         raise UsageError("--resume and --force contradict each other: go on with the output, or write it anew")
+    is_file = _is_file_or_absent(path)
+    if resume and not is_file:
+        raise UsageError(f"{path} is no file: --resume has nothing to go on with")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        # Not to be read where it is a pipe: we would never learn that its reader has gone.
+        access = os.O_RDWR if is_file else os.O_WRONLY
+        descriptor = os.open(path, access | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UsageError(f"the output cannot be written to {str(path)[:200]}: {error.strerror}") from None
     if not is_file:
-        if resume:
-            raise UsageError(f"{path} is no file: --resume has nothing to go on with")
         return Output(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,6 +59,13 @@ def opened(path: Path, *, resume: bool, force: bool) -> Output:
     if force:
         return Output(descriptor, end=0)
     return _resumed(descriptor, path)
+
+
+def _is_file_or_absent(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True  # what is wrong with it shows when it is opened
 
 
 def begin(output: Output) -> None:

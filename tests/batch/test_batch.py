@@ -106,6 +106,22 @@ FAULTY: list[tuple[str | bytes, str]] = [
 ]
 
 
+def test_standard_input_that_does_not_block_is_waited_for(environment: dict[str, str]) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [*PROGRAM, "batch", "-", "-n", "2", "-v"]
+    with subprocess.Popen(command, env=environment, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.close(reader)
+        assert process.stderr is not None and process.stdout is not None
+        while b"threads" not in (said := process.stderr.readline()):  # by then it has looked for lines
+            assert said
+        for line in (b'{"prompt": "hi"}\n', b'{"prompt": "there"}\n'):
+            os.write(writer, line)
+            assert "answer" in json.loads(process.stdout.readline())
+        os.close(writer)
+        assert process.wait(60) == 0
+
+
 def test_what_is_wrong_with_a_line_is_said_with_its_number_and_the_rest_is_done(llamacli: Run, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     good = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
@@ -362,6 +378,18 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(environment: dict[str, 
     n_done = len(answers(out.read_text()))
     assert f"interrupted: {n_done} of 300 lines are done; the same command with --resume goes on" in said
     assert "Traceback" not in said
+
+
+def test_a_pipe_whose_reader_goes_away_ends_it(environment: dict[str, str], tmp_path: Path) -> None:
+    source, pipe = written(tmp_path / "in.jsonl", *prompts(60)), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [*PROGRAM, "batch", str(source), "-o", str(pipe), "-n", "8", "--slots", "1"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        with pipe.open("rb", buffering=0) as reader:
+            assert reader.read(1) == b"{"
+        assert process.wait(60) == -signal.SIGPIPE
+    refused = subprocess.run([*command, "--resume"], env=environment, capture_output=True, timeout=60)
+    assert refused.returncode == 2 and b"is no file" in refused.stderr
 
 
 def test_two_batches_never_write_one_file(environment: dict[str, str], llamacli: Run, tmp_path: Path) -> None:
