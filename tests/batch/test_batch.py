@@ -196,6 +196,34 @@ def test_a_schema_that_is_none_is_an_error_of_its_line(llamacli: Run, tmp_path: 
     assert openai["response"]["status_code"] == 400 and good["answer"]
 
 
+def test_forms_and_the_system_prompt_hold_for_openai_s_lines_that_say_nothing_else(
+    llamacli: Run, tmp_path: Path
+) -> None:
+    ask, own = {"role": "user", "content": QUESTION}, {"role": "system", "content": "Answer in one word."}
+    chat, text = {"url": "/v1/chat/completions"}, {"url": "/v1/completions"}
+    lines = [
+        {"custom_id": "plain", "body": {"messages": [ask]}, **chat},
+        {"custom_id": "own", "body": {"messages": [own, ask]}, **chat},
+        {"custom_id": "object", "body": {"messages": [ask], "response_format": {"type": "json_object"}}, **chat},
+        {"custom_id": "stop", "body": {"messages": [ask], "stop": "x"}, **chat},
+        {"custom_id": "text", "body": {"prompt": "Is it?"}, **text},
+    ]
+    source = written(tmp_path / "in.jsonl", *lines)
+    formed = answers(llamacli("batch", str(source), "-n", "40", "--choices", "yes,no").stdout)
+    bodies = {each["custom_id"]: each["response"]["body"] for each in formed}
+    assert {bodies[name]["choices"][0]["message"]["content"] for name in ("plain", "own")} <= {"yes", "no"}
+    assert bodies["text"]["choices"][0]["text"] in ("yes", "no")
+    assert bodies["object"]["choices"][0]["message"]["content"].lstrip().startswith("{")
+    assert "stop might cut" in bodies["stop"]["error"]["message"]
+    counts = []
+    for options in ((), ("-s", "You are a helpful and very patient assistant.")):
+        found = answers(llamacli("batch", str(source), "-n", "2", *options).stdout)
+        counts.append([each["response"]["body"].get("usage", {}).get("prompt_tokens") for each in found])
+    without, with_it = counts
+    assert with_it[0] > without[0] and with_it[1] == without[1], "only where there is none"
+    assert with_it[4] is None, "a text has none"
+
+
 def test_openai_s_format_is_answered_in_openai_s_format(llamacli: Run, tmp_path: Path) -> None:
     chat = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     envelope = {"method": "POST", "url": "/v1/chat/completions"}
