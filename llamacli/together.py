@@ -56,7 +56,8 @@ class Together:
             holder = Holder(form, self._tokenizer, n_room=n_room, longest=params.max_tokens)
         if form is not None:
             params = replace(params, grammar=form.grammar.text)
-        sequence = engine.add(prompt.tokens, params, trim=prompt.trim)
+        # A form allows the space with which a model likes to begin, also where the prompt is only continued.
+        sequence = engine.add(prompt.tokens, params, trim=prompt.trim or form is not None)
         self._asked[sequence.id] = _Asked(key, sequence, holder)
 
     def step(self) -> list[Step]:

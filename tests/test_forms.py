@@ -42,6 +42,13 @@ def test_any_json_object_and_one_of_several_choices(llamacli: Run) -> None:
     assert answers <= {"yes\n", "no\n", "maybe\n"}
 
 
+def test_a_choice_that_begins_with_a_space_is_that_choice_in_a_raw_prompt_too(llamacli: Run) -> None:
+    for seed in range(3):
+        done = llamacli(*HOT[:-1], str(seed), "--raw", "--choices", "yes,no,maybe", "Is it so? Answer:")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout in ("yes\n", "no\n", "maybe\n")
+
+
 def test_an_object_is_closed_within_its_budget_and_that_is_said(llamacli: Run) -> None:
     done = llamacli(*HOT, "-n", "20", "--schema", "name, tags[]", "Who is it?")
     assert done.returncode == 0
@@ -64,6 +71,8 @@ def test_an_object_is_closed_within_its_budget_and_that_is_said(llamacli: Run) -
         (["--schema", '{"enum": []}'], "never be satisfied"),
         (["--schema", '{"$ref": "#"}'], "no finite value"),
         (["--schema", '{"type": "object"'], "--schema is not JSON"),
+        (["--schema", '{"const": ' + "1" * 5000 + "}"], "--schema holds a number of more digits than can be read"),
+        (["--schema", '{"allOf": [{"enum": 5}, {"enum": [1]}]}'], "no valid JSON schema"),
         (["--schema", "name text"], "a type (str, int, number, bool) was expected"),
         (["--schema", "/no/such.json"], "No such file"),
         (["--schema", ""], "--schema is empty"),

@@ -63,6 +63,8 @@ def test_the_last_answer_may_have_a_form(llamacli: Run) -> None:
 def test_without_an_instruction_or_room_for_it_it_is_exit_code_four(llamacli: Run) -> None:
     alone = llamacli("--on-overflow", "map-reduce", input=TEXT)
     assert alone.returncode == 4 and 'map-reduce "Summarise" < text' in one_line(alone.stderr)
+    only = llamacli("--on-overflow", "map-reduce", "{stdin}", input=TEXT)
+    assert only.returncode == 4 and "say what to do" in one_line(only.stderr)
     crowded = llamacli("--on-overflow", "map-reduce", "Summarise " + "word " * 900, input=TEXT)
     assert crowded.returncode == 4 and "leave no room" in one_line(crowded.stderr)
 

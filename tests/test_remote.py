@@ -632,6 +632,7 @@ def test_nothing_of_llama_cpp_is_loaded_to_ask_a_server(
         (["--gpu-layers", "0"], "--gpu-layers 0"),
         (["--threads", "2"], "--threads 2"),
         (["--no-cache"], "--no-cache"),
+        (["--cache-size", "0"], "--cache-size 0"),
         (["--raw"], "--raw"),
         (["--show-prompt"], "--show-prompt"),
         (["--on-overflow", "head"], "--on-overflow head"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import select
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,15 @@ class Coming:
             raise found
         self.is_over = found is None
         return found
+
+
+class Patient(io.FileIO):
+    """A descriptor that is read as if it were blocking: who shares it with us may have set it not to be."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        while (n := super().readinto(buffer)) is None:
+            select.select([self], [], [])
+        return n
 
 
 def jsonl(file: BinaryIO) -> Iterator[Line]:

@@ -25,27 +25,29 @@ class Output:
 
     done       the ids of the lines that are there
     n_failed   those of them that tell of an error
-    replaces   what is there goes away with the first line
+    end        in bytes: what is behind it goes away with the first line; None where nothing does
     """
 
     descriptor: int
     done: tuple[Any, ...] = ()
     n_failed: int = 0
-    replaces: bool = False
+    end: int | None = None
 
 
 def opened(path: Path, *, resume: bool, force: bool) -> Output:
     """Raises UsageError where the file may not be written, or cannot be gone on with."""
     if resume and force:
         raise UsageError("--resume and --force contradict each other: go on with the output, or write it anew")
+    is_file = _is_file_or_absent(path)
+    if resume and not is_file:
+        raise UsageError(f"{path} is no file: --resume has nothing to go on with")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        # Not to be read where it is a pipe: we would never learn that its reader has gone.
+        access = os.O_RDWR if is_file else os.O_WRONLY
+        descriptor = os.open(path, access | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UsageError(f"the output cannot be written to {str(path)[:200]}: {error.strerror}") from None
     if not is_file:
-        if resume:
-            raise UsageError(f"{path} is no file: --resume has nothing to go on with")
         return Output(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,14 +57,22 @@ def opened(path: Path, *, resume: bool, force: bool) -> Output:
     if size and not (resume or force):
         raise UsageError(f"{path} exists: --resume goes on with it, --force writes it anew")
     if force:
-        return Output(descriptor, replaces=True)
+        return Output(descriptor, end=0)
     return _resumed(descriptor, path)
 
 
+def _is_file_or_absent(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True  # what is wrong with it shows when it is opened
+
+
 def begin(output: Output) -> None:
-    """Empty a file that is to be written anew. Not before there is something to write."""
-    if output.replaces:
-        os.ftruncate(output.descriptor, 0)
+    """Take away what is not to stay. Not before it is certain that the file is the one that is meant."""
+    if output.end is not None:
+        os.ftruncate(output.descriptor, output.end)
+        os.lseek(output.descriptor, output.end, os.SEEK_SET)
 
 
 def _resumed(descriptor: int, path: Path) -> Output:
@@ -81,9 +91,7 @@ def _resumed(descriptor: int, path: Path) -> Output:
             ids.append(found["custom_id"] if "custom_id" in found else found["id"])
             n_failed += has_failed(found)
             end += len(raw)
-    os.ftruncate(descriptor, end)
-    os.lseek(descriptor, end, os.SEEK_SET)
-    return Output(descriptor, tuple(ids), n_failed)
+    return Output(descriptor, tuple(ids), n_failed, end)
 
 
 def _written(raw: bytes) -> dict[str, Any] | None:

@@ -265,15 +265,43 @@ def _of_openai(line: Line, values: Mapping[str, Any], defaults: Defaults) -> Job
     url = values["url"]
     read = openai.read_chat if url == _URLS[0] else openai.read_completion
     try:
-        request = read(json.dumps(values["body"], ensure_ascii=False).encode(), defaults.params)
+        body = _with_system(values["body"], url, defaults.system)
+        request = read(json.dumps(body, ensure_ascii=False).encode(), defaults.params)
         if request.ask.stream:
             raise Failure(400, "stream has no meaning in a batch: leave it out", param="stream")
+        form = _default_form(body, request, defaults.form)
     except Failure as why:
         return Job(line, _Refused(shape.refused(why)), problem=_at(line, why))
     ask = request.ask
     seed = draw_seed() if ask.params.seed is None else ask.params.seed
     params = tuple(replace(ask.params, seed=(seed + i) % (MAX_SEED + 1)) for i in range(ask.n))
-    return Job(line, replace(shape, request=request), ask.sources, params)
+    return Job(line, replace(shape, request=request), ask.sources, params, form)
+
+
+def _with_system(body: Mapping[str, Any], url: str, system: str | None) -> Mapping[str, Any]:
+    """The body, with the batch's system prompt where it has none of its own."""
+    if not system:
+        return body
+    if url != _URLS[0]:
+        raise Failure(400, f"a text for {url} has no system prompt: leave --system out", param="prompt")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return body
+    roles = [each.get("role") for each in messages if isinstance(each, dict)]
+    if "system" in roles or "developer" in roles:
+        return body
+    # Behind the others, so that what is wrong with one of them is told with its own number.
+    return {**body, "messages": [*messages, {"role": "system", "content": system}]}
+
+
+def _default_form(body: Mapping[str, Any], request: openai.Request, form: Form | None) -> Form | None:
+    """The batch's form, for a body that does not say itself what its answer is like."""
+    says_it = body.get("response_format") is not None or body.get("tools") or request.ask.params.grammar is not None
+    if form is None or says_it:
+        return None
+    if request.ask.params.stop:
+        raise Failure(400, f"stop might cut an answer that {form.source} gives a form: leave it out", param="stop")
+    return form
 
 
 def _misshapen(values: Mapping[str, Any]) -> str:

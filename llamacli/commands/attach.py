@@ -56,6 +56,7 @@ def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | 
         "--raw": options.raw,
         "--show-prompt": options.show_prompt,
         "--no-cache": settings.no_cache,
+        "--cache-size 0": settings.cache_size == 0,
         "the answer's form is kept here": options.has_form,
         f"--on-overflow {settings.on_overflow} counts tokens": settings.on_overflow != "error",
         f"its context holds {server.n_limit:,} tokens": (

@@ -5,6 +5,7 @@ The engine has a thread of its own; this one writes each line as soon as its tur
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 from llamacli import launch as launching
 from llamacli import machine
 from llamacli.batch import lines as reading
-from llamacli.batch.lines import Coming, Feed, Line, Ready
+from llamacli.batch.lines import Coming, Feed, Line, Patient, Ready
 from llamacli.batch.output import Output, begin, has_failed, opened
 from llamacli.batch.request import Defaults, id_of
 from llamacli.batch.template import Template
@@ -72,6 +73,7 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     _skip(feed, output, wishes)
     total = source.total()
     if total is not None and total == len(output.done):
+        begin(output)
         notices.say(f"all {total:,} lines are done already")
         return EXIT_FAILED if output.n_failed else 0
     notes = Notes(places.cache)
@@ -121,7 +123,7 @@ class _Source:
 
     def _opened(self) -> BinaryIO:
         if self._name == "-":
-            return os.fdopen(os.dup(terminal.STDIN), "rb")
+            return io.BufferedReader(Patient(os.dup(terminal.STDIN)))
         try:
             return Path(self._name).expanduser().open("rb")
         except (OSError, RuntimeError) as error:

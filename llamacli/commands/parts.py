@@ -40,7 +40,7 @@ def do_not_fit(launch: Launch, texts: Texts, options: RunOptions) -> bool:
     n_tokens = len(builder.build([*messages, Message("user", texts.content)]).tokens)
     if n_tokens <= limit - room_for_answer(limit, settings.max_tokens):
         return False
-    if texts.document is None:
+    if texts.document is None or not texts.instruction.replace("{stdin}", "").strip():
         raise InputTooLong(
             f"the prompt is {n_tokens:,} tokens; the context holds {limit:,}, the answer included. --on-overflow "
             "map-reduce reads a text in parts and asks each the same: pipe the text in and say what to do, as in "
@@ -96,8 +96,9 @@ class _Job:
         launch, texts = self.launch, self.texts
         assert texts.document is not None
         began = perf_counter()
+        kv = launch.settings.kv_type
         at_once = self.slots or worth_together(
-            launch.header.file_size, launch.header.kv_bytes_per_token("f16", "f16"), launch.n_limit
+            launch.header.file_size, launch.header.kv_bytes_per_token(kv, kv), launch.n_limit
         )
         options = ServeOptions(slots=at_once, repack=False, prefixes=1, step_seconds=None)
         engine = launching.serve(launch, options, self.notices.say, usable=machine.memory().usable)

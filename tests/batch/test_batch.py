@@ -106,6 +106,22 @@ FAULTY: list[tuple[str | bytes, str]] = [
 ]
 
 
+def test_standard_input_that_does_not_block_is_waited_for(environment: dict[str, str]) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [*PROGRAM, "batch", "-", "-n", "2", "-v"]
+    with subprocess.Popen(command, env=environment, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        os.close(reader)
+        assert process.stderr is not None and process.stdout is not None
+        while b"threads" not in (said := process.stderr.readline()):  # by then it has looked for lines
+            assert said
+        for line in (b'{"prompt": "hi"}\n', b'{"prompt": "there"}\n'):
+            os.write(writer, line)
+            assert "answer" in json.loads(process.stdout.readline())
+        os.close(writer)
+        assert process.wait(60) == 0
+
+
 def test_what_is_wrong_with_a_line_is_said_with_its_number_and_the_rest_is_done(llamacli: Run, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     good = json.dumps({"prompt": "hi", "max_tokens": 2}).encode()
@@ -161,6 +177,51 @@ def test_forms_hold_for_a_line_or_for_all(llamacli: Run, tmp_path: Path) -> None
     assert isinstance(json.loads(fourth["answer"]), dict)
     for each in (first, third, fourth):
         assert each["finish_reason"] == "stop" or each["answer"].endswith(each.get("closed_with", ""))
+
+
+def test_a_schema_that_is_none_is_an_error_of_its_line(llamacli: Run, tmp_path: Path) -> None:
+    broken = {"type": "integer", "allOf": [{"minimum": 1}, {"minimum": "2"}]}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": broken}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "response_format": asked}
+    source = written(
+        tmp_path / "in.jsonl",
+        {"prompt": "hi", "schema": broken},
+        {"custom_id": "o", "url": "/v1/chat/completions", "body": body},
+        {"prompt": "hi"},
+    )
+    done = llamacli("batch", str(source), "-n", "2")
+    ours, openai, good = answers(done.stdout)
+    assert done.returncode == 9 and "Traceback" not in done.stderr
+    assert ours["error"]["code"] == 2 and "no valid JSON schema" in ours["error"]["message"]
+    assert openai["response"]["status_code"] == 400 and good["answer"]
+
+
+def test_forms_and_the_system_prompt_hold_for_openai_s_lines_that_say_nothing_else(
+    llamacli: Run, tmp_path: Path
+) -> None:
+    ask, own = {"role": "user", "content": QUESTION}, {"role": "system", "content": "Answer in one word."}
+    chat, text = {"url": "/v1/chat/completions"}, {"url": "/v1/completions"}
+    lines = [
+        {"custom_id": "plain", "body": {"messages": [ask]}, **chat},
+        {"custom_id": "own", "body": {"messages": [own, ask]}, **chat},
+        {"custom_id": "object", "body": {"messages": [ask], "response_format": {"type": "json_object"}}, **chat},
+        {"custom_id": "stop", "body": {"messages": [ask], "stop": "x"}, **chat},
+        {"custom_id": "text", "body": {"prompt": "Is it?"}, **text},
+    ]
+    source = written(tmp_path / "in.jsonl", *lines)
+    formed = answers(llamacli("batch", str(source), "-n", "40", "--choices", "yes,no").stdout)
+    bodies = {each["custom_id"]: each["response"]["body"] for each in formed}
+    assert {bodies[name]["choices"][0]["message"]["content"] for name in ("plain", "own")} <= {"yes", "no"}
+    assert bodies["text"]["choices"][0]["text"] in ("yes", "no")
+    assert bodies["object"]["choices"][0]["message"]["content"].lstrip().startswith("{")
+    assert "stop might cut" in bodies["stop"]["error"]["message"]
+    counts = []
+    for options in ((), ("-s", "You are a helpful and very patient assistant.")):
+        found = answers(llamacli("batch", str(source), "-n", "2", *options).stdout)
+        counts.append([each["response"]["body"].get("usage", {}).get("prompt_tokens") for each in found])
+    without, with_it = counts
+    assert with_it[0] > without[0] and with_it[1] == without[1], "only where there is none"
+    assert with_it[4] is None, "a text has none"
 
 
 def test_openai_s_format_is_answered_in_openai_s_format(llamacli: Run, tmp_path: Path) -> None:
@@ -282,6 +343,23 @@ def test_resume_goes_on_where_it_stopped_and_says_so(llamacli: Run, tmp_path: Pa
     assert "6 lines and" in llamacli(*command, "--resume").stderr
 
 
+def test_a_file_is_not_touched_before_it_is_known_to_be_this_input_s(llamacli: Run, tmp_path: Path) -> None:
+    source, out = written(tmp_path / "in.jsonl", *prompts(2)), tmp_path / "out.jsonl"
+    command = ("batch", str(source), "-o", str(out), "-n", "2")
+    other = '{"id": "x", "answer": "precious"}\n{"id": "y", "ans'
+    out.write_text(other)
+    refused = llamacli(*command, "--resume")
+    assert refused.returncode == 2 and "was not written from" in refused.stderr
+    assert out.read_text() == other
+    whole = '{"id": "q0", "answer": "a"}\n{"id": "q1", "answer": "b"}\n'
+    out.write_text(whole + '{"id": "q')
+    done = llamacli(*command, "--resume")
+    assert done.returncode == 0 and "done already" in done.stderr and out.read_text() == whole
+    source.write_text("")
+    assert llamacli(*command, "--force").returncode == 0
+    assert out.read_text() == "", "an empty input has no answers"
+
+
 def test_a_resumed_run_still_tells_of_lines_that_failed_before(llamacli: Run, tmp_path: Path) -> None:
     source, out = written(tmp_path / "in.jsonl", "{}", *prompts(2)), tmp_path / "out.jsonl"
     assert llamacli("batch", str(source), "-o", str(out), "-n", "2").returncode == 9
@@ -328,6 +406,18 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(environment: dict[str, 
     n_done = len(answers(out.read_text()))
     assert f"interrupted: {n_done} of 300 lines are done; the same command with --resume goes on" in said
     assert "Traceback" not in said
+
+
+def test_a_pipe_whose_reader_goes_away_ends_it(environment: dict[str, str], tmp_path: Path) -> None:
+    source, pipe = written(tmp_path / "in.jsonl", *prompts(60)), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [*PROGRAM, "batch", str(source), "-o", str(pipe), "-n", "8", "--slots", "1"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        with pipe.open("rb", buffering=0) as reader:
+            assert reader.read(1) == b"{"
+        assert process.wait(60) == -signal.SIGPIPE
+    refused = subprocess.run([*command, "--resume"], env=environment, capture_output=True, timeout=60)
+    assert refused.returncode == 2 and b"is no file" in refused.stderr
 
 
 def test_two_batches_never_write_one_file(environment: dict[str, str], llamacli: Run, tmp_path: Path) -> None:

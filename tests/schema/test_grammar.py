@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llamacli.engine.sampling import check_grammar
 from llamacli.errors import SchemaError, UsageError
 from llamacli.schema.checking import validate
-from llamacli.schema.grammar import any_object, choices, to_grammar
+from llamacli.schema.grammar import any_object, choices, to_calls, to_grammar
 
 PERSON = {
     "$defs": {"tag": {"type": "string", "maxLength": 8}},
@@ -255,3 +255,21 @@ def test_an_answer_that_breaks_its_schema_is_told_apart() -> None:
         validate({}, '{"a":')
     with pytest.raises(UsageError, match="no valid JSON schema"):
         validate({"type": 3}, "1")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('{"type": "integer", "allOf": [{"minimum": 1}, {"minimum": "2"}]}', r"no valid JSON schema: .*allOf\[1\]"),
+        ('{"type": "object", "allOf": [{"properties": [1]}, {"properties": {"a": {}}}]}', "no valid JSON schema"),
+        ('{"allOf": [{"enum": 5}, {"enum": [1]}]}', "no valid JSON schema"),
+        ('{"oneOf": [{"type": [{}]}, {"type": "string"}]}', "no valid JSON schema"),
+        ('{"type": "integer", "enum": [1e400]}', "never be satisfied"),
+    ],
+)
+def test_what_is_no_schema_is_refused_however_it_is_malformed(written: str, said: str) -> None:
+    schema = json.loads(written)
+    with pytest.raises(UsageError, match=said):
+        to_grammar(schema)
+    with pytest.raises(UsageError, match=said):
+        to_calls({"f": {"required": ["a"], "properties": {"a": schema}}}, required=True)
