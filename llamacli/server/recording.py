@@ -30,6 +30,7 @@ VERSION = 1
 MAX_WAIT = 3600.0  # seconds between two chunks
 MIN_SECRET = 8  # characters: shorter ones (openai's "none") are no secrets, and may be words of an answer
 SCRUBBED = "SCRUBBED"
+MAX_DEPTH = 100  # arrays and objects in each other; what goes deeper than that is taken as text
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 _BODIES = ("json", "text", "base64")
 _DATA, _END = "data: ", "\n\n"
@@ -102,6 +103,8 @@ def parse(raw: bytes, name: str) -> Recording:
                 head = _checked_head(value)
             else:
                 entries.append(_entry(value, number))
+        except RecursionError:
+            raise UsageError(f"{name}, line {number}: it is nested too deeply") from None
         except _Bad as error:
             raise UsageError(f"{name}, line {number}: {error}") from None
     if head is None:
@@ -300,7 +303,7 @@ def _shown_request(raw: bytes) -> dict[str, Any]:
     """What it means counts, not how it was written."""
     with suppress(ValueError, RecursionError):
         value = json.loads(raw.decode("utf-8-sig"))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not is_deep(value):
             return {"json": value}
     return _shown(raw)
 
@@ -310,7 +313,7 @@ def _shown(raw: bytes) -> dict[str, Any]:
         text = raw.decode()
         with suppress(ValueError, RecursionError):
             value = json.loads(text)
-            if _compact(value) == text:
+            if not is_deep(value) and _compact(value) == text:
                 return {"json": value}
         return {"text": text}
     return {"base64": base64.b64encode(raw).decode()}
@@ -325,10 +328,22 @@ def _shown_events(raw: bytes) -> dict[str, Any]:
             value: Any = data
             with suppress(ValueError, RecursionError):
                 parsed = json.loads(data)
-                value = parsed if isinstance(parsed, dict) and _compact(parsed) == data else data
+                is_plain = isinstance(parsed, dict) and not is_deep(parsed)
+                value = parsed if is_plain and _compact(parsed) == data else data
             values.append(value)
         return {"events": values} if "".join(map(_event, values)) == text else {"text": text}
     return {"base64": base64.b64encode(raw).decode()}
+
+
+def is_deep(value: object) -> bool:
+    """Whether JSON is nested deeper than MAX_DEPTH. The parser goes further down than what walks through a value can."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for container in inner for each in container]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _event(value: Any) -> str:

@@ -95,6 +95,17 @@ def test_a_short_word_is_no_secret() -> None:
     assert b'"response": "none"' in recording.written(entry(chunks=(Chunk(b'{"response":"none"}'),)), ["none"])
 
 
+def test_what_is_nested_deeply_is_recorded_and_matched_as_text() -> None:
+    deep = '{"prompt":"the-secret-key","x":' + "[" * 600 + "]" * 600 + "}"
+    streamed = entry(body=deep.encode(), chunks=(Chunk(f"data: {deep}\n\n".encode()),), is_stream=True)
+    whole = entry(body=deep.encode(), chunks=(Chunk(deep.encode()),))
+    raw = recording.head("tiny", {}) + b"".join(recording.written(each, ["the-secret-key"]) for each in (streamed, whole))
+    read = recording.parse(raw, "x").entries
+    assert [each.body for each in read] == [deep.replace("the-secret-key", "SCRUBBED").encode()] * 2
+    assert same(("/v1/getData", deep), ("/v1/getData", deep))
+    assert not same(("/v1/getData", deep), ("/v1/getData", deep.replace("key", "lock")))
+
+
 def test_a_full_disk_cuts_no_line_in_half() -> None:
     reports: list[str] = []
     full = Path("/dev/full")
