@@ -99,7 +99,9 @@ def test_what_is_nested_deeply_is_recorded_and_matched_as_text() -> None:
     deep = '{"prompt":"the-secret-key","x":' + "[" * 600 + "]" * 600 + "}"
     streamed = entry(body=deep.encode(), chunks=(Chunk(f"data: {deep}\n\n".encode()),), is_stream=True)
     whole = entry(body=deep.encode(), chunks=(Chunk(deep.encode()),))
-    raw = recording.head("tiny", {}) + b"".join(recording.written(each, ["the-secret-key"]) for each in (streamed, whole))
+    raw = recording.head("tiny", {}) + b"".join(
+        recording.written(each, ["the-secret-key"]) for each in (streamed, whole)
+    )
     read = recording.parse(raw, "x").entries
     assert [each.body for each in read] == [deep.replace("the-secret-key", "SCRUBBED").encode()] * 2
     assert same(("/v1/getData", deep), ("/v1/getData", deep))
