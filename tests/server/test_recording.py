@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import MutableMapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,41 @@ def test_a_key_is_in_no_recording_wherever_it_was_said() -> None:
 
 def test_a_short_word_is_no_secret() -> None:
     assert b'"response": "none"' in recording.written(entry(chunks=(Chunk(b'{"response":"none"}'),)), ["none"])
+
+
+def joined(raw: bytes) -> bytes:
+    (read,) = recording.parse(recording.head("tiny", {}) + raw, "x").entries
+    return b"".join(chunk.data for chunk in read.chunks)
+
+
+@given(st.sets(st.integers(0, 90)), st.sampled_from(["the-secret-key", "schlüssel-schlüssel"]))
+def test_no_cut_hides_a_key(cuts: set[int], key: str) -> None:
+    whole = f'event: a\ndata: {{"error":"{key} and {key}, no more"}}\n\ndata: [DONE]\n\n'.encode()
+    borders = [0, *sorted(cuts - {0}), len(whole)]
+    chunks = tuple(Chunk(whole[a:b]) for a, b in pairwise(borders))
+    raw = recording.written(entry(chunks=chunks, is_stream=True), [key])
+    assert joined(raw) == whole.replace(key.encode(), b"SCRUBBED")
+    assert len(json.loads(raw)["response"]["chunks"]) == len(chunks)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        '{"response":"%s"}',
+        '{"choices":[{"index":0,"text":"%s"}]}',
+        '{"choices":[{"index":0,"delta":{"content":"%s"}}]}',
+        '{"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"function":{"arguments":"%s"}}]}}]}',
+    ],
+)
+def test_a_key_that_a_model_repeats_token_by_token_is_in_no_recording(event: str) -> None:
+    other = '{"choices":[{"index":1,"delta":{"content":"x"},"text":"x"}]}'
+    lines = [each for piece in ("my the", "-sec", "ret-", "key!") for each in (event % piece, other)]
+    whole = "".join(f"data: {line}\n\n" for line in lines).encode()
+    for chunks in ((Chunk(whole),), tuple(Chunk(whole[i : i + 7]) for i in range(0, len(whole), 7))):
+        raw = recording.written(entry(chunks=chunks, is_stream=True), ["the-secret-key"])
+        kept = [event % piece for piece in ("my SCRUBBED", "", "", "!")]
+        expected = "".join(f"data: {line}\n\n" for pair in zip(kept, [other] * 4, strict=True) for line in pair)
+        assert joined(raw) == expected.encode()
 
 
 def test_what_is_nested_deeply_is_recorded_and_matched_as_text() -> None:
