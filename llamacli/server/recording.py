@@ -393,7 +393,7 @@ def _shown_events(raw: bytes) -> dict[str, Any]:
 
 
 def is_deep(value: object) -> bool:
-    """Whether JSON is nested deeper than MAX_DEPTH. The parser goes further down than what walks through a value can."""
+    """Whether JSON is nested deeper than MAX_DEPTH. The parser goes further down than what walks through values can."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]

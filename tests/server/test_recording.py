@@ -19,6 +19,7 @@ from llamacli.server.exchange import Exchange
 from llamacli.server.matching import Matcher
 from llamacli.server.recorder import Recorder
 from llamacli.server.recording import Chunk, Recorded
+from llamacli.server.stage import MAX_KEPT_BYTES, Stage
 
 HEAD = '{"format": "llamacli-recording", "version": 1, "model": "tiny"}'
 ENTRY = (
@@ -161,6 +162,40 @@ def test_a_recording_is_gone_on_with(tmp_path: Path) -> None:
         recorder.close()
         path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as an editor may leave it
     assert [each.line for each in recording.read(path).entries] == [2, 3]
+
+
+def sent_by_a_client(path: str, method: str = "POST") -> Exchange:
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        raise AssertionError("nothing is answered here")
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+    }
+    return Exchange(scope, receive, send)
+
+
+def test_what_clients_send_is_remembered_up_to_a_size_and_the_oldest_is_forgotten() -> None:
+    stage = Stage(rules.Rules())
+    body = bytes(MAX_KEPT_BYTES // 4)
+    sent = [stage.hear(sent_by_a_client(f"/{i}"), body) for i in range(6)]
+    assert all(sent)
+
+    def remembered() -> list[str]:
+        return [each["path"] for each in stage.obey(sent_by_a_client("/simulation/requests", "GET"), b"")["requests"]]
+
+    assert remembered() == ["/3", "/4", "/5"], "and with their headers, four are too big"
+    stage.obey(sent_by_a_client("/simulation", "DELETE"), b"")
+    for i in range(3):
+        stage.hear(sent_by_a_client(f"/{i}"), body)
+    assert remembered() == ["/0", "/1", "/2"]
 
 
 # -- the same question --------------------------------------------------------------------------------------------
