@@ -216,12 +216,13 @@ class Service:
         for stream in streams:
             stream.cancel()
         self.n_open -= n
-        if not self._n_unfinished:
+        if not self.n_unfinished:
             self._closed.set()
 
     @property
-    def _n_unfinished(self) -> int:
-        return self.n_open + self.n_beside
+    def n_unfinished(self) -> int:
+        """Where requests are counted beside the engine, those it has are among them."""
+        return max(self.n_open, self.n_beside)
 
     def _refuse_while_draining(self) -> None:
         if self.is_draining:
@@ -250,12 +251,12 @@ class Service:
         self.is_draining = True
         try:
             async with asyncio.timeout(seconds):
-                while self._n_unfinished and not self._is_hurried:
+                while self.n_unfinished and not self._is_hurried:
                     self._closed.clear()
                     await self._closed.wait()
         except TimeoutError:
             return False
-        return not self._n_unfinished
+        return not self.n_unfinished
 
     def hurry(self) -> None:
         """Make drain() return at once."""

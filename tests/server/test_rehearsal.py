@@ -285,6 +285,13 @@ def test_who_goes_away_hangs_up_upstream_too(environment: dict[str, str]) -> Non
                 pass  # what was on its way; then the end, long before --remote-timeout
 
 
+def test_what_an_upstream_is_still_asked_is_counted_when_the_server_goes_down(environment: dict[str, str]) -> None:
+    with silent_upstream() as (url, listener), running(environment, "--upstream", url, "--grace", "0.2") as server:
+        with asking(server), listener.accept()[0]:
+            lines = [line["message"] for line in server.end() if line["event"] == "draining"]
+        assert [line.split(";")[0] for line in lines] == ["finishing 1 answers", "1 answers were not finished in time"]
+
+
 def test_no_more_wait_for_an_upstream_than_it_can_be_asked_for_and_the_queue_holds(environment: dict[str, str]) -> None:
     with silent_upstream() as (url, listener), running(environment, "--upstream", url, "--queue", "1") as server:
         with ExitStack() as open_ones:
