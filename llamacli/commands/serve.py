@@ -323,11 +323,11 @@ class _Server:
 
     async def _drain(self) -> None:
         self._withdraw()
-        n_open = self._service.n_open
-        if n_open:
-            self._log.event("draining", f"finishing {n_open} answers; a second signal stops at once")
+        n_unfinished = self._service.n_unfinished
+        if n_unfinished:
+            self._log.event("draining", f"finishing {n_unfinished} answers; a second signal stops at once")
         if not await self._service.drain(self._wishes.grace):
-            self._log.event("draining", f"{self._service.n_open} answers were not finished in time")
+            self._log.event("draining", f"{self._service.n_unfinished} answers were not finished in time")
 
 
 def _names(name: str) -> frozenset[str]:

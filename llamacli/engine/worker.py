@@ -267,6 +267,7 @@ class Worker:
                 return
             prompt = self._encoded(asked)
         except LlamacliError as error:
+            self._awaited.discard(number)
             self._channel.send((Tell.NOT_ENCODED, number, type(error).__name__, str(error)))
         else:
             self._channel.send((Tell.ENCODED, number, prompt.tokens.tobytes(), str(prompt.format), prompt.trim))

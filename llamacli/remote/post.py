@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from threading import Lock
 
 from llamacli.errors import RemoteError
 from llamacli.remote.address import Address, Proxy, proxy_for, redirected
@@ -20,6 +21,34 @@ CONNECT_SECONDS = 15.0
 MAX_REDIRECTS = 5
 MAX_BODY = 64 << 20  # bytes of an answer that comes in one piece
 _REDIRECTS = (301, 302, 307, 308)
+
+
+class Line:
+    """The connection of a post() that runs in another thread, for whoever waits there no longer."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._socket: socket.socket | None = None
+        self._is_cut = False
+
+    def lead_to(self, connection: socket.socket) -> None:
+        """post() has connected. It may do so more than once, where it is sent on."""
+        with self._lock:
+            self._socket = connection
+            if self._is_cut:
+                _shut(connection)
+
+    def check(self) -> None:
+        """Raises RemoteError after cut()."""
+        if self._is_cut:
+            raise RemoteError("nobody waits for the answer any more")
+
+    def cut(self) -> None:
+        """Hang up, now or as soon as there is a connection: post() raises RemoteError."""
+        with self._lock:
+            self._is_cut = True
+            if self._socket is not None:
+                _shut(self._socket)
 
 
 class Reply:
@@ -40,9 +69,8 @@ class Reply:
 
     def close(self) -> None:
         """Hang up. What reads the body in another thread is told that it broke off."""
-        with suppress(OSError):
-            if self._socket is not None:
-                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._socket is not None:
+            _shut(self._socket)
 
     def header(self, name: str) -> str:
         return self._response.headers.get(name, "")
@@ -78,22 +106,27 @@ class Reply:
         for part in self.parts():
             parts.append(part)
             size += len(part)
-            if size > MAX_BODY:
-                raise RemoteError(
-                    f"{self._address.shown} answers with more than {MAX_BODY >> 20} MiB: that is no answer"
-                )
+            self.check_size(size)
         return b"".join(parts)
 
+    def check_size(self, n_bytes: int) -> None:
+        """Of a body that is kept as a whole. Raises RemoteError beyond MAX_BODY."""
+        if n_bytes > MAX_BODY:
+            raise RemoteError(f"{self._address.shown} answers with more than {MAX_BODY >> 20} MiB: that is no answer")
 
-def post(address: Address, body: bytes, headers: Mapping[str, str], *, silence: float) -> Reply:
+
+def post(
+    address: Address, body: bytes, headers: Mapping[str, str], *, silence: float, line: Line | None = None
+) -> Reply:
     """Ask. Redirects on the same host are followed; to another one nothing is sent, neither the question nor a key.
 
     silence   seconds without a byte after which the server is given up
+    line      by which another thread can end it
 
     Raises RemoteError, UsageError for a proxy that cannot be used.
     """
     for _ in range(MAX_REDIRECTS + 1):
-        reply = _posted(address, body, headers, silence)
+        reply = _posted(address, body, headers, silence, line or Line())
         if reply.status not in _REDIRECTS:
             return reply
         there = redirected(address, reply.header("location"))
@@ -109,7 +142,8 @@ def post(address: Address, body: bytes, headers: Mapping[str, str], *, silence: 
     )
 
 
-def _posted(address: Address, body: bytes, headers: Mapping[str, str], silence: float) -> Reply:
+def _posted(address: Address, body: bytes, headers: Mapping[str, str], silence: float, line: Line) -> Reply:
+    line.check()
     proxy = proxy_for(address)
     connection = _connection(address, proxy)
     try:
@@ -118,6 +152,7 @@ def _posted(address: Address, body: bytes, headers: Mapping[str, str], silence: 
     except (OSError, http.client.HTTPException) as error:
         via = f" by way of the proxy {proxy.host}:{proxy.port}" if proxy else ""
         raise RemoteError(f"{address.shown} cannot be reached{via}: {_why(error)}") from None
+    line.lead_to(connection.sock)
     target, headers = address.target, dict(headers)
     if proxy is not None and address.scheme == "http":
         target = f"{address.shown}{target}"
@@ -144,6 +179,11 @@ def _connection(address: Address, proxy: Proxy | None) -> http.client.HTTPConnec
     if proxy is not None:
         secure.set_tunnel(address.host, address.port, _proxy_headers(proxy))
     return secure
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _OverUnix(http.client.HTTPConnection):

@@ -13,6 +13,7 @@ from typing import Any
 
 from llamacli.errors import UsageError
 from llamacli.server import contract, openai
+from llamacli.server.recording import is_deep
 
 GET_DATA = contract.PATHS[0]
 SYSTEM = contract.SYSTEM_NAMES[0]
@@ -43,7 +44,7 @@ _SHAPE = "stream"  # never left out: an answer in events is none for a client th
 class Question:
     """A request as far as it matters for its answer.
 
-    fields   of its body, in their plainest form; None where the body is no JSON object
+    fields   of its body, in their plainest form; None where the body is no JSON object, or too deep a one
     """
 
     route: str
@@ -77,7 +78,7 @@ class Matcher:
         except (ValueError, RecursionError):
             value = None
         route = route_of(path)
-        fields = self._plain(route, value) if isinstance(value, dict) else None
+        fields = self._plain(route, value) if isinstance(value, dict) and not is_deep(value) else None
         return Question(route, raw, fields)
 
     def key(self, question: Question) -> str | bytes:

@@ -17,7 +17,8 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,13 @@ VERSION = 1
 MAX_WAIT = 3600.0  # seconds between two chunks
 MIN_SECRET = 8  # characters: shorter ones (openai's "none") are no secrets, and may be words of an answer
 SCRUBBED = "SCRUBBED"
+MAX_DEPTH = 100  # arrays and objects in each other; what goes deeper than that is taken as text
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
 _BODIES = ("json", "text", "base64")
 _DATA, _END = "data: ", "\n\n"
+_EVENT = re.compile(rb"^data: ?(\{.*\})\r?$", re.MULTILINE)
+
+_Edit = tuple[int, int, bytes]  # bytes from, up to, and what takes their place
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ def parse(raw: bytes, name: str) -> Recording:
                 head = _checked_head(value)
             else:
                 entries.append(_entry(value, number))
+        except RecursionError:
+            raise UsageError(f"{name}, line {number}: it is nested too deeply") from None
         except _Bad as error:
             raise UsageError(f"{name}, line {number}: {error}") from None
     if head is None:
@@ -264,24 +271,77 @@ def written(entry: Recorded, secrets: Iterable[str] = ()) -> bytes:
     plain = [secret for secret in secrets if len(secret) >= MIN_SECRET]
     hidden = [form for secret in plain for form in (secret, json.dumps(secret)[1:-1])]  # as JSON spells it, too
     response: dict[str, Any] = {"status": entry.status, "headers": dict(entry.headers)}
-    chunks = [(round(chunk.after, 4), _without(chunk.data, hidden)) for chunk in entry.chunks]
+    parts = _without([chunk.data for chunk in entry.chunks], hidden, is_stream=entry.is_stream)
+    chunks = [(round(chunk.after, 4), data) for chunk, data in zip(entry.chunks, parts, strict=True)]
     if entry.is_stream:
         response["chunks"] = [{"after": after} | _shown_events(data) for after, data in chunks]
     else:
         ((after, data),) = chunks
         response |= {"after": after} | _shown(data)
-    value = {
-        "request": {"path": entry.path} | _shown_request(_without(entry.body, hidden)),
-        "response": response,
-        "traceId": entry.trace_id,
-    }
+    (body,) = _without([entry.body], hidden)
+    value = {"request": {"path": entry.path} | _shown_request(body), "response": response, "traceId": entry.trace_id}
     return _line(_scrubbed(value, hidden) if hidden else value)
 
 
-def _without(raw: bytes, secrets: Iterable[str]) -> bytes:
-    for secret in secrets:
-        raw = raw.replace(secret.encode(), SCRUBBED.encode())
-    return raw
+def _without(parts: Sequence[bytes], secrets: Sequence[str], *, is_stream: bool = False) -> Sequence[bytes]:
+    """Secrets may be cut in two: by the borders of parts, and in a stream by those of events."""
+    if not secrets:
+        return parts
+    longest_first = sorted({secret.encode("utf-8", "surrogatepass") for secret in secrets}, key=len, reverse=True)
+    pattern = re.compile(b"|".join(map(re.escape, longest_first)))
+    edits = [(*found.span(), SCRUBBED.encode()) for found in pattern.finditer(b"".join(parts))]
+    parts = _edited(parts, edits)
+    return _edited(parts, _edits_of_events(b"".join(parts), pattern)) if is_stream else parts
+
+
+def _edited(parts: Sequence[bytes], edits: Sequence[_Edit]) -> list[bytes]:
+    """The parts after edits of the whole, in order. What an edit puts in is in the part where its place began."""
+    edited, start = [], 0
+    waiting = deque(edits)
+    done = 0  # bytes of the whole
+    for part in parts:
+        end, kept = start + len(part), []
+        while waiting and waiting[0][0] < end:
+            first, last, new = waiting.popleft()
+            kept += [part[max(0, done - start) : first - start], new]
+            done = last
+        kept.append(part[max(0, done - start) :])
+        edited.append(b"".join(kept))
+        start, done = end, max(done, end)
+    return edited
+
+
+def _edits_of_events(whole: bytes, pattern: re.Pattern[bytes]) -> list[_Edit]:
+    """What must be changed in a stream so that no texts that are told in pieces hold a secret once they are joined."""
+    events, texts = [], defaultdict(list)
+    for found in _EVENT.finditer(whole):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(found[1])
+            if not is_deep(value):
+                events.append((found.span(1), value))
+                for place, holder, name in _strings(value):
+                    texts[place].append((len(events) - 1, holder, name))
+    changed = set()
+    for pieces in texts.values():
+        said = [holder[name].encode("utf-8", "surrogatepass") for _, holder, name in pieces]
+        edits = [(*found.span(), SCRUBBED.encode()) for found in pattern.finditer(b"".join(said))]
+        if not edits:
+            continue
+        for (event, holder, name), old, new in zip(pieces, said, _edited(said, edits), strict=True):
+            if new != old:
+                holder[name] = new.decode("utf-8", "surrogatepass")
+                changed.add(event)
+    return [(*events[i][0], _compact(events[i][1]).encode("utf-8", "surrogatepass")) for i in sorted(changed)]
+
+
+def _strings(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """The texts of an event: where each stands (of several answers, in which), what holds it, and under what name."""
+    for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(each, str):
+            yield (*place, str(name)), value, name
+        elif isinstance(each, dict | list):
+            index = each.get("index", name) if isinstance(each, dict) else name
+            yield from _strings(each, (*place, str(index)))
 
 
 def _scrubbed(value: Any, secrets: Sequence[str]) -> Any:
@@ -300,7 +360,7 @@ def _shown_request(raw: bytes) -> dict[str, Any]:
     """What it means counts, not how it was written."""
     with suppress(ValueError, RecursionError):
         value = json.loads(raw.decode("utf-8-sig"))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not is_deep(value):
             return {"json": value}
     return _shown(raw)
 
@@ -310,7 +370,7 @@ def _shown(raw: bytes) -> dict[str, Any]:
         text = raw.decode()
         with suppress(ValueError, RecursionError):
             value = json.loads(text)
-            if _compact(value) == text:
+            if not is_deep(value) and _compact(value) == text:
                 return {"json": value}
         return {"text": text}
     return {"base64": base64.b64encode(raw).decode()}
@@ -325,10 +385,22 @@ def _shown_events(raw: bytes) -> dict[str, Any]:
             value: Any = data
             with suppress(ValueError, RecursionError):
                 parsed = json.loads(data)
-                value = parsed if isinstance(parsed, dict) and _compact(parsed) == data else data
+                is_plain = isinstance(parsed, dict) and not is_deep(parsed)
+                value = parsed if is_plain and _compact(parsed) == data else data
             values.append(value)
         return {"events": values} if "".join(map(_event, values)) == text else {"text": text}
     return {"base64": base64.b64encode(raw).decode()}
+
+
+def is_deep(value: object) -> bool:
+    """Whether JSON is nested deeper than MAX_DEPTH. The parser goes further down than what walks through values can."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for container in inner for each in container]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _event(value: Any) -> str:

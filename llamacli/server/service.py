@@ -21,6 +21,8 @@ from llamacli.server.answer import Answer
 from llamacli.server.ask import Ask, Conversation, Source, Text
 from llamacli.server.failure import Failure
 
+AT_ONCE_BESIDE = 64  # requests that something else than the engine may be answering; --queue may wait besides
+
 
 class Engine(Protocol):
     """What answers are computed with: a supervisor.EngineProcess, or what stands in its place."""
@@ -193,8 +195,16 @@ class Service:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """A request that is not, or not yet, the engine's: drain() waits for it. Raises Failure 503 while draining."""
+        """A request that is not, or not yet, the engine's: drain() waits for it.
+
+        Raises Failure 503 while draining, 429 for one too many.
+        """
         self._refuse_while_draining()
+        most = max(self.slots, AT_ONCE_BESIDE) + self.queue
+        if self.n_beside >= most:
+            raise Failure(
+                429, f"{most} requests are open already, as many as may be (--queue): try again later", retry_after=1
+            )
         self.n_beside += 1
         try:
             yield
@@ -206,12 +216,13 @@ class Service:
         for stream in streams:
             stream.cancel()
         self.n_open -= n
-        if not self._n_unfinished:
+        if not self.n_unfinished:
             self._closed.set()
 
     @property
-    def _n_unfinished(self) -> int:
-        return self.n_open + self.n_beside
+    def n_unfinished(self) -> int:
+        """Where requests are counted beside the engine, those it has are among them."""
+        return max(self.n_open, self.n_beside)
 
     def _refuse_while_draining(self) -> None:
         if self.is_draining:
@@ -240,12 +251,12 @@ class Service:
         self.is_draining = True
         try:
             async with asyncio.timeout(seconds):
-                while self._n_unfinished and not self._is_hurried:
+                while self.n_unfinished and not self._is_hurried:
                     self._closed.clear()
                     await self._closed.wait()
         except TimeoutError:
             return False
-        return not self._n_unfinished
+        return not self.n_unfinished
 
     def hurry(self) -> None:
         """Make drain() return at once."""

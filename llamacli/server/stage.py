@@ -35,6 +35,7 @@ ROUTES = {
     PREFIX: "DELETE",
 }
 MAX_KEPT = 10_000  # requests that are remembered
+MAX_KEPT_BYTES = 64 << 20  # of their bodies and headers: no key is asked for before a request is heard
 _UNHEARD = ("/health", "/ready", "/metrics")  # whoever watches over the server is no client
 
 
@@ -53,6 +54,12 @@ class Sent:
         shown: dict[str, Any] = {name: getattr(self, name) for name in ("method", "path", "query", "headers", "status")}
         return shown | {"body": base64.b64encode(self.body).decode()}
 
+    @property
+    def size(self) -> int:
+        """In bytes, about."""
+        texts = (self.method, self.path, *self.query, *self.query.values(), *self.headers, *self.headers.values())
+        return len(self.body) + sum(map(len, texts))
+
 
 class Stage:
     """Rules, replies and recordings that a test has put ready, and what its client has sent.
@@ -68,14 +75,18 @@ class Stage:
         self.on_reset: list[Callable[[], None]] = []
         self._match_on = match_on
         self._keeps_time = keeps_time
-        self._heard: deque[Sent] = deque(maxlen=MAX_KEPT)
+        self._heard: deque[Sent] = deque()
+        self._n_bytes = 0  # of what was heard
 
     def hear(self, exchange: Exchange, raw: bytes) -> Sent | None:
-        """Remember a request. None for one that is no client's."""
+        """Remember a request; the oldest are forgotten for it. None for one that is no client's."""
         if exchange.path in ROUTES or exchange.path in _UNHEARD:
             return None
         sent = Sent(exchange.method, exchange.path, exchange.query, dict(exchange.headers), raw)
         self._heard.append(sent)
+        self._n_bytes += sent.size
+        while len(self._heard) > MAX_KEPT or self._n_bytes > MAX_KEPT_BYTES:
+            self._n_bytes -= self._heard.popleft().size
         return sent
 
     def fault(self, exchange: Exchange, raw: bytes, *, is_work: bool) -> Fault | None:
@@ -116,6 +127,7 @@ class Stage:
         self.replies.clear()
         self.recordings.clear()
         self._heard.clear()
+        self._n_bytes = 0
         for act in self.on_reset:
             act()
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamacli.remote import address
-from llamacli.remote.post import Reply, post
+from llamacli.remote.post import Line, Reply, post
 from llamacli.server.access import KEY_HEADER, presented_key
 from llamacli.server.exchange import EVENTS, JSON, ClientGone, Exchange
 from llamacli.server.failure import Failure, speaks_openai
 from llamacli.server.log import Record
 from llamacli.server.matching import GET_DATA, route_of
 from llamacli.server.recorder import is_kept
+from llamacli.server.service import AT_ONCE_BESIDE
 from llamacli.server.standin import UPSTREAM, take_over_trace_id
 
 OPTION = "--upstream"
 KEY_VARIABLE = "LLAMACLI_UPSTREAM_KEY"
-MAX_AT_ONCE = 64
 _PASSED_ON = ("content-type", "accept", "cache-control", "traceparent", "x-request-id")
 
 
@@ -37,7 +37,7 @@ class Upstream:
     silence: float
     is_ours: Callable[[str], bool] = lambda key: False
     _threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="upstream")
+        default_factory=lambda: ThreadPoolExecutor(AT_ONCE_BESIDE, thread_name_prefix="upstream")
     )
 
     def __post_init__(self) -> None:
@@ -53,16 +53,17 @@ class Upstream:
         record.source = UPSTREAM
         loop = asyncio.get_running_loop()
         to, headers = self._address(route_of(exchange.path)), self._headers(exchange)
-        watcher = asyncio.ensure_future(exchange.gone())
-        asking = loop.run_in_executor(self._threads, lambda: post(to, raw, headers, silence=self.silence))
+        watcher, line = asyncio.ensure_future(exchange.gone()), Line()
+        asking = loop.run_in_executor(self._threads, lambda: post(to, raw, headers, silence=self.silence, line=line))
         try:
             await _first(asking, watcher)
             if not asking.done():
-                asking.add_done_callback(_hang_up)
                 raise ClientGone
             await self._pass_back(asking.result(), watcher, exchange, record)
         finally:
             watcher.cancel()
+            line.cut()  # a thread that nobody waits for would be missing for others
+            asking.add_done_callback(_forget)
         return None
 
     async def _pass_back(self, reply: Reply, watcher: asyncio.Future[None], exchange: Exchange, record: Record) -> None:
@@ -73,7 +74,7 @@ class Upstream:
             if reply.content_type == EVENTS:
                 await self._stream(reply.status, kept, parts, watcher, exchange)
             else:
-                body = b"".join([part async for part in parts.until(watcher)])
+                body = await parts.whole(watcher)
                 kind = kept.pop("content-type", JSON)
                 await exchange.respond(reply.status, body, kind, kept.items())
         finally:
@@ -134,6 +135,15 @@ class _Parts:
                 return
             yield part
 
+    async def whole(self, watcher: asyncio.Future[None]) -> bytes:
+        """Raises what until() raises, and RemoteError for a body that is too big."""
+        parts, size = [], 0
+        async for part in self.until(watcher):
+            parts.append(part)
+            size += len(part)
+            self._reply.check_size(size)
+        return b"".join(parts)
+
     def close(self) -> None:
         self._reply.close()
 
@@ -142,14 +152,9 @@ async def _first(one: asyncio.Future[Any], other: asyncio.Future[Any]) -> None:
     await asyncio.wait({one, other}, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _hang_up(asked: asyncio.Future[Reply]) -> None:
-    if not asked.cancelled() and asked.exception() is None:
-        asked.result().close()
-
-
-def _forget(read: asyncio.Future[bytes | None]) -> None:
-    if not read.cancelled():
-        read.exception()
+def _forget(asked: asyncio.Future[Any]) -> None:
+    if not asked.cancelled():
+        asked.exception()
 
 
 def _plain(trace_id: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import MutableMapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llamacli.server.exchange import Exchange
 from llamacli.server.matching import Matcher
 from llamacli.server.recorder import Recorder
 from llamacli.server.recording import Chunk, Recorded
+from llamacli.server.stage import MAX_KEPT_BYTES, Stage
 
 HEAD = '{"format": "llamacli-recording", "version": 1, "model": "tiny"}'
 ENTRY = (
@@ -95,6 +97,54 @@ def test_a_short_word_is_no_secret() -> None:
     assert b'"response": "none"' in recording.written(entry(chunks=(Chunk(b'{"response":"none"}'),)), ["none"])
 
 
+def joined(raw: bytes) -> bytes:
+    (read,) = recording.parse(recording.head("tiny", {}) + raw, "x").entries
+    return b"".join(chunk.data for chunk in read.chunks)
+
+
+@given(st.sets(st.integers(0, 90)), st.sampled_from(["the-secret-key", "schlüssel-schlüssel"]))
+def test_no_cut_hides_a_key(cuts: set[int], key: str) -> None:
+    whole = f'event: a\ndata: {{"error":"{key} and {key}, no more"}}\n\ndata: [DONE]\n\n'.encode()
+    borders = [0, *sorted(cuts - {0}), len(whole)]
+    chunks = tuple(Chunk(whole[a:b]) for a, b in pairwise(borders))
+    raw = recording.written(entry(chunks=chunks, is_stream=True), [key])
+    assert joined(raw) == whole.replace(key.encode(), b"SCRUBBED")
+    assert len(json.loads(raw)["response"]["chunks"]) == len(chunks)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        '{"response":"%s"}',
+        '{"choices":[{"index":0,"text":"%s"}]}',
+        '{"choices":[{"index":0,"delta":{"content":"%s"}}]}',
+        '{"choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"function":{"arguments":"%s"}}]}}]}',
+    ],
+)
+def test_a_key_that_a_model_repeats_token_by_token_is_in_no_recording(event: str) -> None:
+    other = '{"choices":[{"index":1,"delta":{"content":"x"},"text":"x"}]}'
+    lines = [each for piece in ("my the", "-sec", "ret-", "key!") for each in (event % piece, other)]
+    whole = "".join(f"data: {line}\n\n" for line in lines).encode()
+    for chunks in ((Chunk(whole),), tuple(Chunk(whole[i : i + 7]) for i in range(0, len(whole), 7))):
+        raw = recording.written(entry(chunks=chunks, is_stream=True), ["the-secret-key"])
+        kept = [event % piece for piece in ("my SCRUBBED", "", "", "!")]
+        expected = "".join(f"data: {line}\n\n" for pair in zip(kept, [other] * 4, strict=True) for line in pair)
+        assert joined(raw) == expected.encode()
+
+
+def test_what_is_nested_deeply_is_recorded_and_matched_as_text() -> None:
+    deep = '{"prompt":"the-secret-key","x":' + "[" * 600 + "]" * 600 + "}"
+    streamed = entry(body=deep.encode(), chunks=(Chunk(f"data: {deep}\n\n".encode()),), is_stream=True)
+    whole = entry(body=deep.encode(), chunks=(Chunk(deep.encode()),))
+    raw = recording.head("tiny", {}) + b"".join(
+        recording.written(each, ["the-secret-key"]) for each in (streamed, whole)
+    )
+    read = recording.parse(raw, "x").entries
+    assert [each.body for each in read] == [deep.replace("the-secret-key", "SCRUBBED").encode()] * 2
+    assert same(("/v1/getData", deep), ("/v1/getData", deep))
+    assert not same(("/v1/getData", deep), ("/v1/getData", deep.replace("key", "lock")))
+
+
 def test_a_full_disk_cuts_no_line_in_half() -> None:
     reports: list[str] = []
     full = Path("/dev/full")
@@ -112,6 +162,40 @@ def test_a_recording_is_gone_on_with(tmp_path: Path) -> None:
         recorder.close()
         path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as an editor may leave it
     assert [each.line for each in recording.read(path).entries] == [2, 3]
+
+
+def sent_by_a_client(path: str, method: str = "POST") -> Exchange:
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        raise AssertionError("nothing is answered here")
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+    }
+    return Exchange(scope, receive, send)
+
+
+def test_what_clients_send_is_remembered_up_to_a_size_and_the_oldest_is_forgotten() -> None:
+    stage = Stage(rules.Rules())
+    body = bytes(MAX_KEPT_BYTES // 4)
+    sent = [stage.hear(sent_by_a_client(f"/{i}"), body) for i in range(6)]
+    assert all(sent)
+
+    def remembered() -> list[str]:
+        return [each["path"] for each in stage.obey(sent_by_a_client("/simulation/requests", "GET"), b"")["requests"]]
+
+    assert remembered() == ["/3", "/4", "/5"], "and with their headers, four are too big"
+    stage.obey(sent_by_a_client("/simulation", "DELETE"), b"")
+    for i in range(3):
+        stage.hear(sent_by_a_client(f"/{i}"), body)
+    assert remembered() == ["/0", "/1", "/2"]
 
 
 # -- the same question --------------------------------------------------------------------------------------------

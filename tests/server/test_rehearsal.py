@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,7 +21,9 @@ import pytest
 from conftest import PROGRAM, Run
 from test_serve import QUESTION, Server, running
 
+from llamacli.remote.post import MAX_BODY
 from llamacli.server import recording
+from llamacli.server.service import AT_ONCE_BESIDE
 from llamacli.testing.api import Llama2Api
 
 SHORT = {"prompt": QUESTION, "max_tokens": 5}
@@ -278,6 +281,70 @@ def broken_upstream() -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread.join()
+
+
+@contextmanager
+def silent_upstream() -> Iterator[tuple[str, socket.socket]]:
+    """A server that hears and says nothing. Its connections are to be taken by the test."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        listener.settimeout(30)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", listener
+
+
+def asking(server: Server) -> socket.socket:
+    """A client that has asked and can go away."""
+    host = urlsplit(server.url)
+    client = socket.create_connection((host.hostname or "", host.port or 0), timeout=30)
+    client.sendall(b'POST /v1/getData HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n{"prompt":"hi"}')
+    return client
+
+
+def test_who_goes_away_hangs_up_upstream_too(environment: dict[str, str]) -> None:
+    with silent_upstream() as (url, listener), running(environment, "--upstream", url) as server:
+        client = asking(server)
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(30)
+            assert connection.recv(1 << 16)
+            client.close()
+            while connection.recv(1 << 16):
+                pass  # what was on its way; then the end, long before --remote-timeout
+
+
+def test_what_an_upstream_is_still_asked_is_counted_when_the_server_goes_down(environment: dict[str, str]) -> None:
+    with silent_upstream() as (url, listener), running(environment, "--upstream", url, "--grace", "0.2") as server:
+        with asking(server), listener.accept()[0]:
+            lines = [line["message"] for line in server.end() if line["event"] == "draining"]
+        assert [line.split(";")[0] for line in lines] == ["finishing 1 answers", "1 answers were not finished in time"]
+
+
+def test_no_more_wait_for_an_upstream_than_it_can_be_asked_for_and_the_queue_holds(environment: dict[str, str]) -> None:
+    with silent_upstream() as (url, listener), running(environment, "--upstream", url, "--queue", "1") as server:
+        with ExitStack() as open_ones:
+            for _ in range(AT_ONCE_BESIDE):
+                open_ones.enter_context(asking(server))
+                open_ones.enter_context(listener.accept()[0])
+            one_too_many = [open_ones.enter_context(asking(server)) for _ in range(2)]
+            (refused,), _, _ = select.select(one_too_many, [], [], 30)
+            assert refused.recv(1 << 16).startswith(b"HTTP/1.1 429 ")
+
+
+def test_an_upstream_that_never_comes_to_its_end_is_no_answer(environment: dict[str, str]) -> None:
+    with silent_upstream() as (url, listener), running(environment, "--upstream", url) as server:
+
+        def flood() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n")
+                for _ in range(2 * MAX_BODY >> 20):
+                    connection.sendall(bytes(1 << 20))
+
+        thread = Thread(target=flood)
+        thread.start()
+        reply = server.post(SHORT)
+        thread.join()
+        assert (reply.status, "more than 64 MiB" in reply.json["message"]) == (502, True)
 
 
 def test_a_key_of_this_server_never_goes_upstream(tmp_path: Path, environment: dict[str, str]) -> None:
