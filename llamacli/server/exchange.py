@@ -126,8 +126,8 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data, "more_body": not last, "closes": closes})
 
     async def _start(self, status: int, headers: Headers) -> None:
-        self.status = status
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (*headers, *self.extra)]
+        self.status = status  # not before: with a header that cannot be sent, nothing has begun
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
 

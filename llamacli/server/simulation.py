@@ -64,6 +64,8 @@ def parse(text: str) -> Fault:
     """Raises UsageError naming what is wrong; an unknown key with all that are known."""
     given: dict[str, Any] = {}
     for part in filter(None, (each.strip() for each in text.split(","))):
+        if not (part.isascii() and part.isprintable()):  # it is told in a header
+            raise UsageError(f"the simulation {part[:50]!r} must be of printable ASCII characters")
         key, sign, value = (each.strip() for each in part.partition("="))
         read = _KEYS.get(key)
         if read is None:

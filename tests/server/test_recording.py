@@ -177,11 +177,29 @@ def test_the_fields_that_count_can_be_chosen_and_a_stream_always_counts() -> Non
         ("reset, reset", "reset is given twice"),
         ("content-type=html", "content-type must be a type such as text/html"),
         (" , ", "a simulation is missing"),
+        ("delay=\u0663", "'delay=\u0663' must be of printable ASCII characters"),
+        ("status=\xa0429", "must be of printable ASCII characters"),
+        ("status\r\n=429", "must be of printable ASCII characters"),
     ],
 )
 def test_a_strange_fault_is_refused(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said.replace("(", r"\(")):
         simulation.parse(text)
+
+
+def test_an_answer_with_a_header_that_cannot_be_sent_has_not_begun() -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def nothing() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def keep(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    exchange = Exchange({"method": "POST", "path": "/", "headers": [], "query_string": b""}, nothing, keep)
+    with pytest.raises(UnicodeEncodeError):
+        asyncio.run(exchange.respond(200, b"{}", headers=[("x-name", "\u0663")]))
+    assert (exchange.status, sent) == (None, []), "an error may still be told"
 
 
 def spoilt(fault: str, *parts: bytes) -> list[bytes]:
