@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from time import perf_counter, time
 
 from llamacli.engine.sequence import SamplingParams
@@ -82,6 +83,11 @@ class Served:
     names: frozenset[str]
     piece_of: openai.Piece
     created: int = field(default_factory=lambda: int(time()))
+
+    @property
+    def plain_name(self) -> str:
+        """Without its directory: who has no key need not learn where the file lies."""
+        return PurePath(self.name).stem if self.name.endswith(".gguf") else self.name
 
 
 class App:
@@ -348,8 +354,7 @@ class App:
         engine, facts = self._service.engine, self._service.engine.facts
         return About(
             url=url_of(call.exchange),
-            # The shortest: who has no key need not learn where the file lies.
-            model=min(self._served.names, key=len),
+            model=self._served.plain_name,
             needs_key=self._gate.needs_key,
             is_local=self._origins.is_loopback,
             defaults=self._defaults,

@@ -143,6 +143,22 @@ def test_what_is_asked_again_gets_the_next_recorded_answer_and_the_last_one_stay
         assert server.request("GET", "/v1/models").json["data"][0]["id"] == "recorded"
 
 
+def test_what_a_recorded_request_calls_its_model_is_not_told_to_everybody(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    path = tmp_path / "named.jsonl"
+    asked = {"path": "/v1/completions", "json": {"model": "m1", "prompt": "hi"}}
+    lines = [
+        {"format": "llamacli-recording", "version": 1, "model": "recorded"},
+        {"request": asked, "response": {"status": 200, "text": "yes"}},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with running(environment, "--replay", str(path)) as server:
+        described = server.request("GET", "/openapi.json").json
+        assert described["info"]["summary"].startswith(f"{server.request('GET', '/v1/models').json['data'][0]['id']}, ")
+        assert "m1" not in json.dumps(described)
+
+
 def recording_of(place: Path, *said: tuple[str, int, str]) -> Path:
     path = place / "said.jsonl"
     lines = [{"format": "llamacli-recording", "version": 1}]
