@@ -224,7 +224,9 @@ class App:
         if methods is None and model_path:
             methods = {"GET": Route(self._model)}
         if methods is None:
-            raise Failure(404, f"there is nothing at {exchange.shown_path[:100]}; the Llama 2 API is at POST /v1/getData")
+            raise Failure(
+                404, f"there is nothing at {exchange.shown_path[:100]}; the Llama 2 API is at POST /v1/getData"
+            )
         route = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if route is None:
             allowed = ", ".join(sorted(methods))
@@ -309,7 +311,7 @@ class App:
         if name is not None and name not in self._served.names:
             raise Failure(
                 404,
-                f"the model {(name if shown is None else shown)[:100]!r} is not served here; this server has {self._served.name!r}",
+                f"the model {(shown or name)[:100]!r} is not served here; this server has {self._served.name!r}",
                 param="model",
                 code="model_not_found",
             )

@@ -64,11 +64,12 @@ class Gate:
         entry.admitted = now
 
     def leave(self, entry: Pass, record: Record, *, is_counted: bool) -> None:
-        """The request is over. One that was refused does not count against the limits."""
+        """The request is over. One that failed before anything was computed does not count against its minute."""
         if self.accounts is None:
             return
         is_error = record.status >= 400
-        if is_error and entry.key is not None and entry.admitted is not None and not record.completion_tokens:
+        is_free = is_error and not record.prompt_tokens and not record.completion_tokens
+        if is_free and entry.key is not None and entry.admitted is not None:
             self.accounts.ring.withdraw(entry.key, entry.admitted)
         if is_counted:
             self.accounts.usage.record(

@@ -21,9 +21,11 @@ import pytest
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 from llamacli.server import keys
 from llamacli.server.accounts import Accounts
+from llamacli.server.gate import Gate, Pass
 from llamacli.server.keyring import KeyRing
 from llamacli.server.keys import COMMAND_LINE, NO_KEY, Key
 from llamacli.server.ledger import Ledger
+from llamacli.server.log import Record
 from llamacli.server.usage import Counts, Usage, day_of, last_used, report
 
 NOON = 1_735_646_400.0  # 2024-12-31 12:00 UTC
@@ -327,6 +329,20 @@ def test_refused_requests_do_not_count_against_the_minute() -> None:
     ring.withdraw(key, NOON + 60)  # let in, and then refused because the queue was full
     assert ring.admit(key, NOON + 61) is None
     assert ring.admit(key, NOON + 61) is not None
+
+
+@pytest.mark.parametrize(
+    ("status", "prompt_tokens", "counts"), [(429, 0, False), (499, 0, False), (499, 900, True), (200, 1, True)]
+)
+def test_who_leaves_while_its_prompt_is_read_has_used_its_minute(
+    status: int, prompt_tokens: int, counts: bool, path: Path
+) -> None:
+    """Else a client that hangs up again and again would have all its prompts read."""
+    with accounts(path) as booked:
+        gate, entry = Gate(booked), Pass(limited(rpm=1))
+        gate.admit(entry)
+        gate.leave(entry, Record("POST", "/", "t", status, prompt_tokens=prompt_tokens), is_counted=True)
+        assert (booked.ring.admit(limited(rpm=1), NOON) is not None) == counts
 
 
 def test_a_clock_that_is_set_back_locks_nobody_out() -> None:
