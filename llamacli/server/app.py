@@ -309,9 +309,10 @@ class App:
 
     def _check_model(self, name: str | None, shown: str | None = None) -> None:
         if name is not None and name not in self._served.names:
+            shown = name if shown is None else shown
             raise Failure(
                 404,
-                f"the model {(shown or name)[:100]!r} is not served here; this server has {self._served.name!r}",
+                f"the model {shown[:100]!r} is not served here; this server has {self._served.name!r}",
                 param="model",
                 code="model_not_found",
             )

@@ -189,10 +189,9 @@ class _Way:
     async def _stream(self, data: bytes, *, is_last: bool) -> None:
         if self._start is not None:
             await self._send(self._start)
-            await self._send(
-                {"type": "http.response.body", "body": b"", "more_body": True}
-            )  # so that the head goes out
             self._start = None
+            # The server keeps the head until something follows it; one that is cut at once has its head all the same.
+            await self._send({"type": "http.response.body", "body": b"", "more_body": True})
             await self._cut_if_due()
         self._rest += data
         while event := _EVENT.match(self._rest):
