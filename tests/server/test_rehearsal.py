@@ -129,6 +129,12 @@ def test_what_was_not_recorded_names_the_nearest_line(replaying: Server) -> None
     assert (chat.status, chat.json["error"]["code"]) == (404, "not_recorded")
 
 
+def test_what_is_nested_deeply_was_not_recorded_either(replaying: Server) -> None:
+    for depth in (90, 600):
+        deep = b'{"prompt": "hi", "x": ' + b"[" * depth + b"]" * depth + b"}"
+        assert replaying.post(deep).json["message"].startswith("not recorded: ")
+
+
 def test_a_request_that_no_server_would_answer_is_told_so_in_replay_too(replaying: Server) -> None:
     assert "temperature must be a number" in replaying.post({"prompt": "hi", "temperature": "1"}).json["message"]
     assert replaying.post(b"{").status == 400
