@@ -110,7 +110,9 @@ def test_standard_input_that_does_not_block_is_waited_for(environment: dict[str,
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     command = [*PROGRAM, "batch", "-", "-n", "2", "-v"]
-    with subprocess.Popen(command, env=environment, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, env=environment, stdin=reader, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         os.close(reader)
         assert process.stderr is not None and process.stdout is not None
         while b"threads" not in (said := process.stderr.readline()):  # by then it has looked for lines
