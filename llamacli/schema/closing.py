@@ -161,17 +161,24 @@ class Closing:
         return max(0, node.low - at) * self._cost(node.part)
 
     def _shortest(self, node: Node, at: int = 0) -> str:
-        if isinstance(node, Text):
-            return node.text[at:]
-        if isinstance(node, Chars):
-            return _pleasant(node)
-        if isinstance(node, Ref):
-            return self._shortest(self._bodies[node.rule])
-        if isinstance(node, Then):
-            return "".join(map(self._shortest, node.parts[at:]))
-        if isinstance(node, Either):
-            return self._shortest(min(node.parts, key=self._cost))
-        return self._shortest(node.part) * (node.low - at) if at < node.low else ""
+        """The shortest rest of a node. No recursion: the rules of hundreds of properties refer to each other."""
+        parts = []
+        todo = [(node, at)]
+        while todo:
+            node, at = todo.pop()
+            if isinstance(node, Text):
+                parts.append(node.text[at:])
+            elif isinstance(node, Chars):
+                parts.append(_pleasant(node))
+            elif isinstance(node, Ref):
+                todo.append((self._bodies[node.rule], 0))
+            elif isinstance(node, Then):
+                todo += [(part, 0) for part in reversed(node.parts[at:])]
+            elif isinstance(node, Either):
+                todo.append((min(node.parts, key=self._cost), 0))
+            elif at < node.low:
+                todo += [(node.part, 0)] * (node.low - at)
+        return "".join(parts)
 
 
 def _pleasant(node: Chars) -> str:

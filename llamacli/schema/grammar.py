@@ -55,6 +55,7 @@ _KEYWORDS = {
     "null": frozenset(),
 }
 _OF_ANY_TYPE = frozenset({"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"})
+_DATA = frozenset({"const", "default", "enum", "example", "examples"})  # no schemas, whatever they look like
 _KNOWN = ANNOTATIONS.union(_OF_ANY_TYPE, *_KEYWORDS.values())
 
 
@@ -142,6 +143,7 @@ class _Writer:
 
     def __init__(self, document: Any, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
+        _check_ids(document)
         self._document = document
         self._references: dict[str, Ref] = {}
         self._depth = 0
@@ -390,6 +392,20 @@ class _Writer:
 
 
 # -- what a schema says, checked ----------------------------------------------------------------------------------
+
+
+def _check_ids(document: Any) -> None:
+    """Refuse an $id below the root with a $ref within: #/... there begins at that schema and not at the document."""
+    todo: list[tuple[Any, str, bool]] = [(document, "#", False)]
+    while todo:
+        found, where, has_id = todo.pop()
+        if isinstance(found, Mapping):
+            has_id = has_id or (where != "#" and isinstance(found.get("$id"), str))
+            if has_id and isinstance(found.get("$ref"), str):
+                raise UsageError(f"{where}: a $ref below an $id that is not the whole schema's is not supported")
+            todo += [(each, f"{where}/{name}", has_id) for name, each in found.items() if name not in _DATA]
+        elif isinstance(found, list):
+            todo += [(each, f"{where}/{i}", has_id) for i, each in enumerate(found)]
 
 
 def _check_keywords(schema: Schema, where: str) -> None:

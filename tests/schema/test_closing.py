@@ -17,9 +17,10 @@ from test_grammar import SCHEMAS
 from llamacli.engine.engine import Engine
 from llamacli.engine.llama import ContextOptions, LlamaModel
 from llamacli.engine.sequence import FinishReason, SamplingParams
-from llamacli.errors import InputTooLong, LlamacliError, UsageError
+from llamacli.errors import InputTooLong, LlamacliError, SchemaError, UsageError
 from llamacli.prompt import Message, PromptBuilder
 from llamacli.schema import form as forms
+from llamacli.schema.checking import validate
 from llamacli.schema.closing import Closing
 from llamacli.schema.form import Form
 from llamacli.schema.grammar import of_choices, of_schema
@@ -67,6 +68,18 @@ PERSON = {
 )
 def test_an_answer_is_closed_in_the_shortest_way(text: str, value: Any) -> None:
     assert closed(PERSON, text) == value
+
+
+def test_five_hundred_properties_can_be_closed() -> None:
+    names = [f"p{i}" for i in range(500)]
+    schema = {"type": "object", "properties": {name: {"type": "null"} for name in names}, "required": names}
+    assert closed(schema, '{"p0":') == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("answer", ["[" * 100_000, "1" * 5000])
+def test_an_answer_that_cannot_even_be_read_does_not_have_its_form(answer: str) -> None:
+    with pytest.raises(SchemaError, match="cannot be read"):
+        validate(True, answer)
 
 
 def test_a_choice_is_completed_and_two_are_told_apart() -> None:

@@ -273,3 +273,13 @@ def test_what_is_no_schema_is_refused_however_it_is_malformed(written: str, said
         to_grammar(schema)
     with pytest.raises(UsageError, match=said):
         to_calls({"f": {"required": ["a"], "properties": {"a": schema}}}, required=True)
+
+
+def test_a_reference_below_another_id_is_refused_for_it_means_another_place() -> None:
+    inner = {"$id": "http://x/", "properties": {"b": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": "string"}}}
+    schema = {"type": "object", "properties": {"a": inner}, "$defs": {"b": {"type": "integer"}}}
+    with pytest.raises(UsageError, match=r"#/properties/a/properties/b: a \$ref below an \$id"):
+        to_grammar(schema)
+    checked({"$id": "http://x/", "type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {}}})
+    checked({"properties": {"a": {"const": {"$id": "x", "$ref": "y"}}}, "required": ["a"]})
+    checked({"properties": {"a": {"$id": "http://x/a", "type": "null"}}, "required": ["a"]})
