@@ -8,10 +8,8 @@ from collections.abc import Callable
 from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.sequence import Chunk, Sequence
 
-MIN_CHUNK = 8  # smaller chunks read the weights too often for what they compute
-LONG_CHUNK = (
-    64  # from so many rows on llama.cpp computes the attention of a CPU in tiles, twice as fast in a long context
-)
+MIN_CHUNK = 8  # rows of prompts beside streams at least: with fewer a prompt would never be read
+LONG_CHUNK = 64  # from so many rows on a CPU's attention is computed in tiles: twice as fast in a long context
 TILE = 16  # rows that a CPU's matrix kernels compute together: a batch of 20 takes as long as one of 32
 UNHURRIED = 4  # times as long may a step take while no stream waits for it
 MIN_SHARED = 32  # a prefix shorter than this is not worth waiting for
