@@ -101,6 +101,8 @@ def _overlapped(first: int, end: int, sums: list[int], overlap: int) -> int:
     start = end
     while start - 1 > first and sums[end] - sums[start - 1] <= overlap:
         start -= 1
+    while start < end and sums[start + 1] == sums[start]:  # costs nothing, but says nothing either
+        start += 1
     return start
 
 
