@@ -177,6 +177,9 @@ class Settings:
         default="f16",
         metadata=choice("Number format of the computed context; q8_0 takes half the memory and disk.", "f16", "q8_0"),
     )
+    no_speculation: bool = field(
+        default=False, metadata=switch("Do not compute guessed tokens beside those that are known.")
+    )
     no_cache: bool = field(default=False, metadata=switch("Neither read nor write computed prefixes on disk."))
     cache_size: int | None = field(
         default=None, metadata=size("What computed prefixes may take on disk, such as 4GB; 0 keeps none.")

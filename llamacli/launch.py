@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from llamacli.engine.llama import LlamaWeights
     from llamacli.engine.prefixes import Prefixes
     from llamacli.engine.protocol import Recipe
+    from llamacli.engine.speculation import Speculation
     from llamacli.engine.worker import Workshop
 
 FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
 MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
 MIN_BATCH = 32
+MAX_GUESSED = 24  # rows of a step for guessed tokens, all sequences together
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
@@ -68,6 +70,7 @@ class Launch:
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
     weights: LlamaWeights | None = None
+    speculation: Speculation | None = None
 
 
 def prepare(settings: Settings, file: ModelFile, notice: Notice, notes: Notes | None = None) -> Launch:
@@ -122,12 +125,44 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
+    speculation = _speculation(launch, learns=False)
     kv = launch.settings.kv_type
     options = ContextOptions(
-        n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads, type_k=kv, type_v=kv
+        n_cells=n_cells,
+        n_batch=n_batch,
+        threads=threads,
+        threads_batch=threads,
+        type_k=kv,
+        type_v=kv,
+        n_guessed=0 if speculation is None else MAX_GUESSED,
     )
-    model = LlamaModel(launch.weights, options)
-    return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None, prefixes=prefixes)
+    return Engine(
+        LlamaModel(launch.weights, options),
+        n_limit=launch.n_limit,
+        max_cells=launch.max_cells,
+        step_seconds=None,
+        prefixes=prefixes,
+        speculation=speculation,
+    )
+
+
+def _speculation(launch: Launch, *, learns: bool, is_alike: bool = False) -> Speculation | None:
+    """What guesses tokens, if anything is to.
+
+    learns     from the time that steps take; where a seed was asked for, a batch must not depend on that
+    is_alike   an answer is the same to the last bit whatever is computed beside it
+    """
+    if launch.settings.no_speculation or is_alike:
+        why = "an answer must not depend on its company" if is_alike else "--no-speculation"
+        launch.choices["speculation"] = Choice("off", why)
+        return None
+    from llamacli.engine.speculation import ON_CPU, ON_GPU, Speculation, StepCosts
+
+    learns = learns and launch.settings.seed is None
+    why = "guesses from the text so far; steps are timed" if learns else "guesses from the text so far"
+    launch.choices["speculation"] = Choice("prompt lookup", why)
+    launch.speculation = Speculation(StepCosts(ON_CPU if launch.device == "CPU" else ON_GPU, learns=learns))
+    return launch.speculation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +278,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         "batch": Choice(MAX_BATCH, _why_batch(step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
+    speculation = _speculation(launch, learns=True, is_alike=options.is_alike)
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
@@ -253,6 +289,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         threads_batch=threads,
         type_k=launch.settings.kv_type,
         type_v=launch.settings.kv_type,
+        n_guessed=0 if speculation is None else MAX_GUESSED,
     )
     model = LlamaModel(launch.weights, context)
     return Engine(
@@ -261,6 +298,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         step_seconds=step_seconds,
         max_running=options.slots,
         keeps=not options.is_alike,
+        speculation=speculation,
     )
 
 
@@ -272,12 +310,25 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
     """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
     smallest = memory.plan(
-        header, min(limit, memory.CELLS), n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+        header,
+        min(limit, memory.CELLS),
+        n_ubatch=MAX_BATCH,
+        gpu_layers=layers,
+        n_outputs=n_slots + MAX_GUESSED,
+        type_k=kv,
+        type_v=kv,
     )
     memory.check(smallest, usable)
     wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
     n_cells = memory.largest_context(
-        header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+        header,
+        usable,
+        wanted,
+        n_ubatch=MAX_BATCH,
+        gpu_layers=layers,
+        n_outputs=n_slots + MAX_GUESSED,
+        type_k=kv,
+        type_v=kv,
     )
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
@@ -306,7 +357,13 @@ def _repack(
     # While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
     kv = launch.settings.kv_type
     host = memory.plan(
-        launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+        launch.header,
+        n_cells,
+        n_ubatch=MAX_BATCH,
+        gpu_layers=layers,
+        n_outputs=n_slots + MAX_GUESSED,
+        type_k=kv,
+        type_v=kv,
     ).host
     if host.total + host.weights > usable:
         return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
@@ -326,11 +383,25 @@ def _max_cells(launch: Launch, layers: int) -> int:
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
     usable = machine.memory().usable
     smallest = memory.plan(
-        header, min(limit, memory.CELLS), n_ubatch=MIN_BATCH, gpu_layers=layers, type_k=kv, type_v=kv
+        header,
+        min(limit, memory.CELLS),
+        n_ubatch=MIN_BATCH,
+        gpu_layers=layers,
+        n_outputs=1 + MAX_GUESSED,
+        type_k=kv,
+        type_v=kv,
     )
     memory.check(smallest, usable)
     blocks = -(-limit // memory.CELLS)
-    largest = memory.largest_context(header, usable, blocks * memory.CELLS, gpu_layers=layers, type_k=kv, type_v=kv)
+    largest = memory.largest_context(
+        header,
+        usable,
+        blocks * memory.CELLS,
+        gpu_layers=layers,
+        n_outputs=1 + MAX_GUESSED,
+        type_k=kv,
+        type_v=kv,
+    )
     if largest < limit:
         launch.choices["context_limit"] = Choice(largest, f"{usable / 2**30:.1f} GiB of memory can be used")
     return min(max(largest, memory.CELLS), limit)

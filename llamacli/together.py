@@ -64,7 +64,9 @@ class Together:
         """Run one batch. Returns what it added to each answer."""
         steps = []
         for delta in self.engine.step():
-            asked = self._asked[delta.sequence_id]
+            asked = self._asked.get(delta.sequence_id)
+            if asked is None:  # its form has closed it already, and this is what the model would have gone on with
+                continue
             added = ""
             if asked.holder is not None:
                 delta = asked.holder.feed(delta, asked.sequence)

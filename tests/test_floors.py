@@ -18,6 +18,7 @@ FLOORS = [
     ["errors", "__init__"],
     ["config", "machine", "gguf_header", "gguf"],
     ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
+    ["engine.lookup", "engine.speculation"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
         *("schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),

@@ -120,7 +120,7 @@ def test_a_server_holds_a_full_context_for_each_slot_and_prefixes_beside(tmp_pat
 def test_a_server_with_little_memory_holds_what_fits_and_says_so(tmp_path: Path) -> None:
     launch, notices = prepared(tmp_path)
     n_slots = 2 + 8
-    room = memory.plan(launch.header, 768, n_ubatch=512, n_outputs=n_slots).host.total
+    room = memory.plan(launch.header, 768, n_ubatch=512, n_outputs=n_slots + launching.MAX_GUESSED).host.total
     engine = serve(launch, ServeOptions(slots=2), notices.append, usable=room)
     assert (engine.model.n_cells, engine.n_limit) == (768, 768)
     assert len(notices) == 1 and "768 tokens instead of 1,024" in notices[0]

@@ -69,6 +69,10 @@ def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | 
         f"it ends answers after {server.max_tokens} tokens": (
             server.max_tokens is not None and settings.max_tokens is None
         ),
+        "--no-speculation": settings.no_speculation,
+        "what it guesses depends on the time that its steps take; the answer is to be repeatable": (
+            is_repeatable and server.choices.get("speculation", ("off", ""))[0] != "off"
+        ),
         "its weights are in this CPU's own order and round otherwise; the answer is to be repeatable": (
             is_repeatable and bool(rewritten)
         ),

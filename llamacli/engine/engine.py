@@ -16,6 +16,7 @@ from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.model import Aborted, BatchFailed, KvFull, Model, Sampler
 from llamacli.engine.scheduler import Scheduler
 from llamacli.engine.sequence import Chunk, Delta, FinishReason, Load, Logprobs, SamplingParams, Sequence, Usage
+from llamacli.engine.speculation import Speculation
 from llamacli.errors import InputTooLong, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Engine:
     max_running    sequences that are computed at once; what slots are left hold kept prefixes
     keeps          finished sequences stay in the cache for those that begin alike
     prefixes       kept on disk, if any are
+    speculation    guesses tokens, which are computed beside those that are known; None: nothing is guessed
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Engine:
         max_running: int | None = None,
         keeps: bool = True,
         prefixes: Prefixes | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model = model
+        self.speculation = speculation
         self.prefixes = prefixes
         self._keeps = keeps
         self.kv = KvCache(model.n_cells, model.n_slots, model)
@@ -68,6 +72,7 @@ class Engine:
             step_seconds=step_seconds,
             max_running=max_running,
             prepare=self._prepare,
+            guess=self._guess if speculation is not None else None,
         )
         self._requests: dict[int, _Request] = {}
         self._early: list[Delta] = []  # first tokens that were drawn from stored logits, before any batch
@@ -92,6 +97,7 @@ class Engine:
             scheduler.n_reused,
             scheduler.n_prefilled,
             scheduler.n_decoded,
+            *((0, 0) if self.speculation is None else (self.speculation.n_guessed, self.speculation.n_right)),
         )
 
     def add(
@@ -149,10 +155,17 @@ class Engine:
         except BatchFailed:
             self._roll_back(chunk.sequence for chunk in chunks)
             return [self._finish(chunk.sequence, FinishReason.FAILED) for chunk in chunks]
-        self._scheduler.commit(chunks, perf_counter() - started)
-        return [
-            self._advance(chunk.sequence, row) for chunk, row in zip(chunks, rows, strict=True) if chunk.wants_logits
-        ]
+        seconds = perf_counter() - started
+        self._scheduler.commit(chunks, seconds)
+        if self.speculation is not None and all(chunk.n - len(chunk.guessed) == 1 for chunk in chunks):
+            self.speculation.costs.learn(sum(chunk.n for chunk in chunks), seconds)
+        deltas = []
+        for chunk, row in zip(chunks, rows, strict=True):
+            if chunk.guessed:
+                deltas += self._advance_far(chunk, row - len(chunk.guessed))
+            elif chunk.wants_logits:
+                deltas.append(self._advance(chunk.sequence, row))
+        return deltas
 
     def generate(
         self, prompt: Iterable[int], params: SamplingParams | None = None, *, trim: bool = False
@@ -225,9 +238,32 @@ class Engine:
         if request.is_stored and sequence.n_generated == 0:
             assert self.prefixes is not None
             self.prefixes.owe(sequence.tokens[:], self.model.last_logits(row))
+        return self._take(request, *self._draw(request, row))
+
+    def _draw(self, request: _Request, row: int) -> tuple[int | None, Logprobs | None]:
         token, n_top = request.sampler.sample(row), request.params.logprobs
         logprobs = None if token is None or n_top is None else self.model.logprobs(row, token, n_top)
-        return self._take(request, token, logprobs)
+        return token, logprobs
+
+    def _advance_far(self, chunk: Chunk, row: int) -> list[Delta]:
+        """Draw tokens as long as they are those that were guessed, and the one that follows.
+
+        row   of the last token that was known; those of the guessed ones come behind it
+        """
+        assert self.speculation is not None
+        sequence, guessed = chunk.sequence, chunk.guessed
+        request = self._requests[sequence.id]
+        deltas: list[Delta] = []
+        is_right, n_right = True, 0
+        while is_right and sequence.id in self._requests:
+            token, logprobs = self._draw(request, row + n_right)
+            is_right = n_right < len(guessed) and token == guessed[n_right]
+            if not is_right:  # before the token is taken: the sequence may end with it, and is kept then
+                self._scheduler.cut_back(sequence, chunk.start + 1 + n_right)
+            n_right += is_right
+            deltas.append(self._take(request, token, logprobs))
+        self.speculation.note(len(guessed), n_right)
+        return deltas
 
     def _take(self, request: _Request, token: int | None, logprobs: Logprobs | None = None) -> Delta:
         """Add a token that was drawn."""
@@ -261,7 +297,20 @@ class Engine:
 
     def _retire(self, sequence: Sequence, *, keep: bool) -> None:
         self._scheduler.remove(sequence, keep=keep)
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
         self._requests.pop(sequence.id).sampler.close()
+
+    def _guess(self, decoding: list[Sequence], n_rows: int) -> list[array[int]]:
+        """What may follow in each sequence, no further than its answer may go."""
+        assert self.speculation is not None
+        limits = [self._n_left(sequence) - 1 if sequence.n_generated else 0 for sequence in decoding]
+        return self.speculation.plan(decoding, limits, min(n_rows, self.model.n_guessed))
+
+    def _n_left(self, sequence: Sequence) -> int:
+        """Tokens that may still be added to a sequence."""
+        n_left = self.n_limit - len(sequence.tokens)
+        return n_left if sequence.max_tokens is None else min(n_left, sequence.max_tokens - sequence.n_generated)
 
     def _roll_back(self, sequences: Iterable[Sequence]) -> None:
         """Make llama.cpp forget rows of a batch that did not complete."""

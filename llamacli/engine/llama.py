@@ -165,6 +165,7 @@ class ContextOptions:
     n_batch          rows of one step
     threads          for a step of one row; threads_batch for all others
     type_k, type_v   number format of the cache: a key of KV_TYPES
+    n_guessed        rows of one step that may be for guessed tokens
     """
 
     n_cells: int = 512
@@ -174,6 +175,7 @@ class ContextOptions:
     threads_batch: int = 1
     type_k: str = "f16"
     type_v: str = "f16"
+    n_guessed: int = 0
 
 
 class LlamaModel:
@@ -190,6 +192,7 @@ class LlamaModel:
         self.n_vocab = weights.vocabulary.n_tokens
         self.n_slots = options.n_slots
         self.n_batch = max(options.n_batch, options.n_slots)
+        self.n_guessed = options.n_guessed
         self._abort_flag = ctypes.create_string_buffer(2)
         self._context: int | None = self._create(options.n_cells)
         self._batch = Batch(self._c, self.n_batch)
@@ -204,7 +207,8 @@ class LlamaModel:
         params = c.llama_context_default_params()
         params.n_ctx = padded(n_cells)
         params.n_batch = params.n_ubatch = self.n_batch
-        params.n_seq_max = params.n_outputs_max = min(self.n_slots + 1, MAX_SLOTS)  # one more: see save()
+        params.n_seq_max = min(self.n_slots + 1, MAX_SLOTS)  # one more: see save()
+        params.n_outputs_max = params.n_seq_max + options.n_guessed
         params.n_threads, params.n_threads_batch = options.threads, options.threads_batch
         params.type_k, params.type_v = KV_TYPES[options.type_k], KV_TYPES[options.type_v]
         params.kv_unified = True  # one pass over the weights for a mixed batch, and prefixes shared without copying
@@ -385,7 +389,7 @@ class Batch:
         """
         rows = []
         row = 0
-        for sequence, start, n in chunks:
+        for sequence, start, n, guessed in chunks:
             slot = sequence.slot
             end = row + n
             if slot is None or not 0 <= slot < n_slots or n < 1 or end > self.n_rows:
@@ -397,12 +401,15 @@ class Batch:
                     slot,
                 )
             else:
-                self._tokens[row:end] = memoryview(sequence.tokens)[start : start + n]
+                n_known = n - len(guessed)
+                self._tokens[row : row + n_known] = memoryview(sequence.tokens)[start : start + n_known]
                 self._positions[row:end] = array("i", range(start, start + n))
                 self._slots[row:end] = array("i", [slot]) * n
                 self._flags[row:end] = bytes(n)
+                if guessed:
+                    self._tokens[row + n_known : end] = memoryview(guessed)
             self._flags[end - 1] = start + n == len(sequence.tokens)
-            if all_rows:
+            if all_rows or guessed:
                 self._flags[row:end] = b"\x01" * n
             rows.append(end - 1)
             row = end

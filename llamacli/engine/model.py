@@ -36,19 +36,23 @@ class Sampler(Protocol):
 class Model(Memory, Protocol):
     """A model with its KV cache.
 
-    n_cells   cells of the cache
-    n_slots   sequences that it can hold at once
-    n_batch   rows of a batch at most
-    n_vocab   token ids are 0..n_vocab-1
+    n_cells     cells of the cache
+    n_slots     sequences that it can hold at once
+    n_batch     rows of a batch at most
+    n_guessed   those of them that may be for guessed tokens
+    n_vocab     token ids are 0..n_vocab-1
     """
 
     n_cells: int
     n_slots: int
     n_batch: int
+    n_guessed: int
     n_vocab: int
 
     def run(self, chunks: list[Chunk]) -> list[int]:
         """Compute a batch. Returns each chunk's last row, which sample() and logprobs() take.
+
+        So they do the rows of guessed tokens, which come last in a chunk, and the row before them.
 
         Raises KvFull, Aborted or BatchFailed.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ RESERVE = 32  # cells held back for each running sequence when another one is le
 
 
 Prepare = Callable[[Sequence], bool]
+Guess = Callable[[list[Sequence], int], "list[array[int]]"]
 
 
 class Scheduler:
@@ -31,6 +33,8 @@ class Scheduler:
     max_running   sequences that are computed at once; the other slots hold kept prefixes. By default all slots
     prepare       is called with a sequence whose turn has come, before a prefix is looked for; False when it has
                   removed it
+    guess         is called with all decoding sequences and a number of rows, and returns what may follow in each of
+                  them, in so many rows at most; not while a prompt is being read
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Scheduler:
         step_seconds: float | None = 0.25,
         max_running: int | None = None,
         prepare: Prepare | None = None,
+        guess: Guess | None = None,
     ) -> None:
         assert n_batch >= kv.n_slots, "every decoding sequence must find a row"
         self.kv = kv
@@ -51,6 +56,7 @@ class Scheduler:
         self.n_decoded = 0
         self.n_reused = 0  # tokens whose cells were there already when their sequence was let in
         self._prepare = prepare
+        self._guess = guess
         self._n_batch = n_batch
         self._max_running = kv.n_slots if max_running is None else max_running
         self._step_seconds = step_seconds
@@ -73,6 +79,7 @@ class Scheduler:
             return
         self._is_short = False
         self.running.remove(sequence)
+        self.cut_back(sequence, len(sequence.tokens))  # right guesses that stand beyond the end of the answer
         if keep:
             self.kv.keep(sequence.slot, sequence.tokens[: sequence.n_computed])
         else:
@@ -105,7 +112,7 @@ class Scheduler:
             if chunks is not None:
                 chunks += self._prompt_chunks(self._n_batch - len(chunks))
                 if chunks:
-                    return chunks
+                    return self._with_guesses(chunks)
             if not self._preempt():
                 return []
         return []
@@ -113,19 +120,28 @@ class Scheduler:
     def commit(self, chunks: list[Chunk], seconds: float) -> None:
         """Book a batch that llama.cpp has computed in this time."""
         n_rows = 0
-        for sequence, _, n in chunks:
+        has_prompt = False
+        for sequence, _, n, guessed in chunks:
             assert sequence.slot is not None
             self.kv.extend(sequence.slot, n)
             sequence.n_computed += n
             n_rows += n
-            if n == 1 and sequence.n_generated:
+            if n - len(guessed) == 1 and sequence.n_generated:
                 self.n_decoded += 1
             else:
                 self.n_prefilled += n
+                has_prompt = True
         self._chunk_cap = self._n_batch
-        if n_rows >= TILE and seconds > 0:
+        if has_prompt and n_rows >= TILE and seconds > 0:
             rate = n_rows / seconds
             self._prefill_rate = rate if not self._prefill_rate else 0.7 * self._prefill_rate + 0.3 * rate
+
+    def cut_back(self, sequence: Sequence, length: int) -> None:
+        """Forget what was computed of a running sequence from position `length` on: guesses that were wrong."""
+        if sequence.n_computed > length:
+            assert sequence.slot is not None
+            self.kv.truncate(sequence.slot, length)
+            sequence.n_computed = length
 
     def on_full(self, chunks: list[Chunk]) -> bool:
         """llama.cpp found no cells for this batch. False when nothing is left to give up.
@@ -146,6 +162,19 @@ class Scheduler:
         if not self.kv.make_room(len(decoding)):
             return None
         return [Chunk(s, s.n_computed, 1) for s in decoding]
+
+    def _with_guesses(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The same chunks with what may follow in each sequence, while all of them are decoding."""
+        if self._guess is None or any(chunk.n > 1 for chunk in chunks):
+            return chunks
+        room = min(self._n_batch, self._chunk_cap, self.kv.cells.n_free) - len(chunks)
+        if room <= 0:
+            return chunks
+        guesses = self._guess([chunk.sequence for chunk in chunks], room)
+        return [
+            Chunk(chunk.sequence, chunk.start, 1 + len(guessed), guessed) if guessed else chunk
+            for chunk, guessed in zip(chunks, guesses, strict=True)
+        ]
 
     def _prompt_chunks(self, n_rows: int) -> list[Chunk]:
         prefilling = [s for s in self.running if s.n_pending > 1]

@@ -17,6 +17,9 @@ from llamacli.errors import UsageError
 MAX_SEED = 2**32 - 2  # 2**32 - 1 means "random" inside llama.cpp
 
 
+NOTHING = array("i")  # no tokens
+
+
 def draw_seed() -> int:
     """A seed for a request that brought none."""
     return int.from_bytes(os.urandom(4), "little") % (MAX_SEED + 1)
@@ -131,6 +134,8 @@ class Load(NamedTuple):
     prefix_hit_tokens: int = 0  # not computed: their cells were there
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    guessed_tokens: int = 0  # computed on the chance that they come next
+    right_guesses: int = 0  # those that did
 
 
 class Delta(NamedTuple):
@@ -185,13 +190,20 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """`n` tokens of a sequence from position `start` on: its part of the next batch."""
+    """`n` tokens of a sequence from position `start` on: its part of the next batch.
+
+    `guessed` are among them, and come last: tokens that may follow those that are known.
+    """
 
     sequence: Sequence
     start: int
     n: int
+    guessed: array[int] = NOTHING
 
     @property
     def wants_logits(self) -> bool:
-        """Whether the last row of the chunk is the last token known, so that the next one is drawn from it."""
-        return self.start + self.n == len(self.sequence.tokens)
+        """Whether the last token known is in the chunk, so that the next one is drawn from its row.
+
+        Each guessed token's row has logits then, too.
+        """
+        return self.start + self.n - len(self.guessed) == len(self.sequence.tokens)

@@ -75,5 +75,5 @@ class Holder:
 
     def _closed(self, text: str, sequence: Sequence, reason: FinishReason) -> Delta:
         self.added = self._closing.ending(self._state)
-        usage = Usage(sequence.n_prompt, sequence.n_generated, sequence.n_cached)
+        usage = Usage(sequence.n_prompt, self._n, sequence.n_cached)  # a step may have written beyond this token
         return Delta(sequence.id, text + self.added, None, None, reason, usage)

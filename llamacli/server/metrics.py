@@ -32,6 +32,10 @@ class _Engine(Collector):
         )
         yield CounterMetricFamily("llamacli_prefill_tokens", "Prompt tokens computed.", now.prefill_tokens)
         yield CounterMetricFamily("llamacli_decode_tokens", "Answer tokens computed.", now.decode_tokens)
+        yield CounterMetricFamily(
+            "llamacli_guessed_tokens", "Tokens computed on the chance that they come next.", now.guessed_tokens
+        )
+        yield CounterMetricFamily("llamacli_right_guesses", "Those of them that did.", now.right_guesses)
         yield CounterMetricFamily("llamacli_engine_restarts", "Times the engine died and came back.", stats.restarts)
 
 

@@ -37,6 +37,8 @@ class ScriptedSampler:
 class ScriptedModel:
     """Cells are really shared and really run out: each holds a token, a position and the slots that use it."""
 
+    n_guessed = 8
+
     def __init__(self, *, n_cells: int = 64, n_slots: int = 4, n_batch: int = 16, say: Say = count_up) -> None:
         self.n_cells, self.n_slots, self.n_batch, self.n_vocab = n_cells, n_slots, n_batch, N_VOCAB
         self.say = say
@@ -47,6 +49,7 @@ class ScriptedModel:
         self.n_refused = 0  # batches for which there really were no cells: the ledger should have known
         self.is_closed = False
         self.n_grown = 0
+        self.n_guesses = 0
         self._cells: list[tuple[int, int, set[int]]] = []
 
     @property
@@ -61,6 +64,7 @@ class ScriptedModel:
     def run(self, chunks: list[Chunk]) -> list[int]:
         n_rows = sum(chunk.n for chunk in chunks)
         assert 0 < n_rows <= self.n_batch
+        assert sum(len(chunk.guessed) for chunk in chunks) <= self.n_guessed
         assert len({chunk.sequence.slot for chunk in chunks}) == len(chunks), "one chunk for each slot"
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, KvFull):
@@ -72,21 +76,24 @@ class ScriptedModel:
             self._compute(chunks[:1])  # llama.cpp may have done a part of it
             raise fault
         self.batches.append([(chunk.sequence.id, chunk.start, chunk.n) for chunk in chunks])
+        self.n_guesses += sum(len(chunk.guessed) for chunk in chunks)
         return self._compute(chunks)
 
     def _compute(self, chunks: list[Chunk]) -> list[int]:
         self.outputs = {}
         row = -1
         rows = []
-        for sequence, start, n in chunks:
+        for sequence, start, n, guessed in chunks:
             assert sequence.slot is not None and 0 <= sequence.slot < self.n_slots
-            assert len(self.tokens_of(sequence.slot)) == start, "positions must follow one another"
+            before = self.tokens_of(sequence.slot)
+            assert before == tuple(sequence.tokens[:start]), "what is computed must be what is known"
+            tokens = (*sequence.tokens[: start + n - len(guessed)], *guessed)
             for position in range(start, start + n):
-                self._cells.append((sequence.tokens[position], position, {sequence.slot}))
-            row += n
+                self._cells.append((tokens[position], position, {sequence.slot}))
+                row += 1
+                if position + 1 >= len(sequence.tokens):
+                    self.outputs[row] = tokens[: position + 1]
             rows.append(row)
-            if start + n == len(sequence.tokens):
-                self.outputs[row] = self.tokens_of(sequence.slot)
         return rows
 
     def sampler(self, params: SamplingParams, prompt: array[int]) -> ScriptedSampler:

@@ -32,7 +32,7 @@ class DeadlyModel(ScriptedModel):
         self._aborted = threading.Event()
 
     def run(self, chunks: list[Chunk]) -> list[int]:
-        for sequence, _, _ in chunks:
+        for sequence, *_ in chunks:
             for token in sequence.tokens[: sequence.n_prompt]:
                 if token in FAULTS:
                     FAULTS[token]()

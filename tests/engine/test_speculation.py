@@ -1,0 +1,324 @@
+"""Guessed tokens: worth their rows, never seen in an answer unless they are right, and nothing left of them."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import EOS, ScriptedModel
+from test_engine import drain, is_clean, tokens_of
+
+from llamacli.engine.engine import Engine
+from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights
+from llamacli.engine.lookup import Lookup
+from llamacli.engine.model import Aborted, KvFull
+from llamacli.engine.sequence import FinishReason, SamplingParams
+from llamacli.engine.speculation import ON_CPU, Speculation, StepCosts, share_out
+from llamacli.gguf import read_model
+from llamacli.prompt import Message, PromptBuilder
+
+FREE = {1: 1.0, 2: 1.001}  # rows cost next to nothing: whatever can be guessed is
+PERIOD = 7
+
+
+def guessing(model: ScriptedModel, costs: dict[int, float] = FREE, n_limit: int | None = None) -> Engine:
+    return Engine(model, speculation=Speculation(StepCosts(costs)), n_limit=n_limit)
+
+
+def in_circles(tokens: tuple[int, ...]) -> int:
+    """Repeats itself, with a surprise now and then."""
+    n = len(tokens)
+    return 3 + (n * n) % 90 if n % 19 == 0 else 100 + n % PERIOD
+
+
+def alone(say: Callable[[tuple[int, ...]], int], prompt: list[int], n: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(say(tuple(tokens)))
+    return tokens[len(prompt) :]
+
+
+def test_what_repeats_itself_takes_fewer_steps_and_says_the_same() -> None:
+    model = ScriptedModel(n_cells=256, say=in_circles)
+    engine = guessing(model)
+    said = tokens_of(list(engine.generate([1, 5, 6], SamplingParams(max_tokens=120))))
+    assert said == alone(in_circles, [1, 5, 6], 120)
+    assert len(model.batches) < 60
+    speculation = engine.speculation
+    assert speculation is not None and 120 - len(model.batches) <= speculation.n_right <= speculation.n_guessed
+    assert (engine.load.guessed_tokens, engine.load.right_guesses) == (speculation.n_guessed, speculation.n_right)
+    assert is_clean(engine, model)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=30), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(40, 200),
+    st.sampled_from([FREE, ON_CPU]),
+)
+def test_guesses_and_company_change_nothing(
+    prompts: list[list[int]], n: int, period: int, n_cells: int, costs: dict[int, float]
+) -> None:
+    def say(tokens: tuple[int, ...]) -> int:
+        return tokens[-period] if len(tokens) > period and sum(tokens) % 5 else 3 + sum(tokens) % 9
+
+    model = ScriptedModel(n_cells=n_cells, say=say)
+    engine = guessing(model, costs, n_limit=40)
+    wanted = {
+        engine.add(prompt, SamplingParams(max_tokens=n)).id: alone(say, prompt, min(n, 40 - len(prompt)))
+        for prompt in prompts
+    }
+    for sequence_id, deltas in drain(engine).items():
+        said = tokens_of(deltas)
+        assert said == wanted[sequence_id][: len(said)]
+        assert len(said) == len(wanted[sequence_id]) or deltas[-1].finish_reason is FinishReason.CONTEXT
+    assert is_clean(engine, model)
+
+
+@pytest.mark.parametrize("n", range(1, 12))
+def test_an_answer_ends_at_its_length_and_what_is_kept_of_it_is_what_it_said(n: int) -> None:
+    model = ScriptedModel(n_cells=256, say=in_circles)
+    engine = guessing(model)
+    prompt = [100 + i % PERIOD for i in range(1, 20)]
+    said = tokens_of(list(engine.generate(prompt, SamplingParams(max_tokens=n))))
+    assert len(said) == n
+    # The scripted model itself checks that the cells which the next turn goes on from are the ones it is told.
+    again = list(engine.generate([*prompt, *said, 9, 9], SamplingParams(max_tokens=5)))
+    assert tokens_of(again) == alone(in_circles, [*prompt, *said, 9, 9], 5)
+    assert again[-1].usage is not None and again[-1].usage.cached_tokens >= len(prompt) + n - 1
+
+
+def test_a_stop_string_among_right_guesses_ends_the_answer_there() -> None:
+    script = b"one two one two one two one two one two END one two one two"
+    model = ScriptedModel(n_cells=256, say=lambda tokens: script[len(tokens) - 2])
+    engine = guessing(model)
+    deltas = list(engine.generate([1, 9], SamplingParams(stop=("two one two one two E",))))
+    assert "".join(delta.text for delta in deltas) == "one two one two one "
+    assert deltas[-1].finish_reason is FinishReason.STOP
+    assert is_clean(engine, model)
+
+
+def test_an_end_of_answer_that_was_guessed_ends_it() -> None:
+    prompt = [1, *(50, 51, 52, 53, 54, EOS) * 3]
+    model = ScriptedModel(n_cells=256, say=lambda tokens: prompt[len(tokens) % 6 + 1])
+    engine = guessing(model)
+    deltas = list(engine.generate(prompt))
+    assert deltas[-1].finish_reason is FinishReason.STOP and EOS not in tokens_of(deltas)
+    assert engine.speculation is not None and engine.speculation.n_right > 0
+    assert is_clean(engine, model)
+
+
+def test_nothing_is_guessed_while_a_prompt_is_read() -> None:
+    model = ScriptedModel(n_cells=512, n_batch=8, say=in_circles)
+    engine = guessing(model)
+    engine.add([1, 5], SamplingParams(max_tokens=80))
+    for _ in range(12):
+        engine.step()
+    late = engine.add([1, *range(3, 103)], SamplingParams(max_tokens=1))
+    before = model.n_guesses
+    while late.n_pending > 1:
+        engine.step()
+    assert before > 0 and model.n_guesses == before
+
+
+@pytest.mark.parametrize("fault", [KvFull(), Aborted()])
+def test_a_batch_that_does_not_complete_loses_its_guesses_only(fault: Exception) -> None:
+    model = ScriptedModel(n_cells=256, say=in_circles)
+    engine = guessing(model)
+    engine.add([1, 5], SamplingParams(max_tokens=60))
+    said: list[int] = []
+    while not model.n_guesses:
+        said += tokens_of(engine.step())
+    model.faults = [fault]
+    assert engine.step() == []
+    said += [token for deltas in drain(engine).values() for token in tokens_of(deltas)]
+    assert said == alone(in_circles, [1, 5], 60)
+    assert is_clean(engine, model)
+
+
+def test_who_cannot_be_guessed_soon_costs_no_row() -> None:
+    """Tokens that come in the same pairs, but never the same way: whatever is guessed is wrong."""
+
+    def say(tokens: tuple[int, ...]) -> int:
+        n = len(tokens) // 3
+        return (200, 201, 3 + n % 100)[len(tokens) % 3]
+
+    model = ScriptedModel(n_cells=1024, say=say)
+    engine = guessing(model, ON_CPU)
+    list(engine.generate([1, 5, 6], SamplingParams(max_tokens=280)))
+    assert model.n_guesses < 20
+
+
+# -- what is worth its row --
+
+
+def test_the_likeliest_guesses_get_the_rows_that_pay() -> None:
+    offers = [[0.9, 0.8], [0.5, 0.1], [], [0.05]]
+    assert share_out(offers, 8, StepCosts({1: 1.0, 16: 16.0})) == [0, 0, 0, 0]  # each row costs a whole step
+    assert share_out(offers, 8, StepCosts({1: 1.0, 4: 4.0, 7: 4.0, 8: 8.0})) == [2, 1, 0, 0]  # three more cost nothing
+    assert share_out(offers, 8, StepCosts({1: 1.0, 4: 4.0, 9: 5.0, 10: 50.0})) == [2, 1, 0, 0]
+
+
+def test_no_more_rows_are_given_than_there_are() -> None:
+    assert share_out([[0.9] * 9, [0.8] * 9], 3, StepCosts(FREE)) == [3, 0]
+    assert share_out([[0.9] * 2, [0.8] * 2], 8, StepCosts(FREE)) == [2, 2]
+    assert share_out([[], []], 8, StepCosts(FREE)) == [0, 0]
+
+
+def test_a_step_costs_what_was_measured_and_in_between_what_the_table_makes_of_it() -> None:
+    costs = StepCosts({1: 1.0, 2: 2.0, 4: 4.0}, learns=True)
+    assert (costs.of(1), costs.of(3), costs.of(6)) == (1.0, 3.0, 6.0)
+    for _ in range(50):
+        costs.learn(2, 0.5)
+    assert costs.of(2) == pytest.approx(0.5) and costs.of(4) == pytest.approx(1.0)
+    costs.learn(2, 60.0)  # the machine was busy with something else
+    assert costs.of(2) < 0.8
+
+
+def test_where_a_seed_must_repeat_an_answer_no_time_is_looked_at() -> None:
+    costs = StepCosts(ON_CPU)
+    before = costs.of(5)
+    costs.learn(5, 123.0)
+    assert costs.of(5) == before
+
+
+# -- where guesses come from --
+
+
+def guesses_of(tokens: list[int], n: int) -> list[int]:
+    return [token for token, _ in Lookup(array("i", tokens)).guess(n)]
+
+
+def test_what_followed_the_last_time_is_guessed() -> None:
+    assert guesses_of([1, 10, 11, 12, 13, 14, 9, 10, 11], 3) == [12, 13, 14]
+    assert guesses_of([10, 11, 20, 7, 10, 11, 30, 7, 10, 11], 2) == [30, 7]
+    assert guesses_of([5, 10, 11, 20, 6, 10, 11, 30, 5, 10, 11], 1) == [20], "three that agree before two"
+    assert guesses_of([1, 2, 3, 4], 3) == []
+    assert guesses_of([1], 3) == guesses_of([], 3) == []
+
+
+def test_a_list_of_equal_lines_goes_on() -> None:
+    assert guesses_of([1, 7, 8, 9, 7, 8, 9, 7, 8, 9], 7) == [7, 8, 9, 7, 8, 9, 7]
+
+
+def test_chances_fall_along_a_guess_and_rise_with_what_comes_true() -> None:
+    tokens = array("i", [1, *range(100, 160), 5, 6, 100, 101])
+    lookup = Lookup(tokens)
+    first = [chance for _, chance in lookup.guess(6)]
+    assert first == sorted(first, reverse=True) and 0 < first[-1] < first[0] < 1
+    for token in range(102, 140):
+        tokens.append(token)
+        lookup.catch_up()
+    later = list(lookup.guess(6))
+    assert [token for token, _ in later] == list(range(140, 146))
+    assert later[-1][1] > first[0]
+
+
+def test_chances_sink_with_what_does_not_come_true() -> None:
+    tokens = array("i", [1, 200, 201])
+    lookup = Lookup(tokens)
+    for i in range(60):
+        tokens.extend([3 + i, 200, 201])
+        lookup.catch_up()
+    assert next(iter(lookup.guess(1)))[1] < 0.1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=120), st.integers(0, 120))
+def test_a_guess_is_what_came_after_the_same_tokens(tokens: list[int], n_prompt: int) -> None:
+    grown = array("i", tokens[:n_prompt])
+    lookup = Lookup(grown)
+    grown.extend(tokens[n_prompt:])
+    lookup.catch_up()
+    guessed = [token for token, _ in lookup.guess(4)]
+    if guessed:
+        pair = tokens[-2:]
+        assert any(tokens[i : i + 2] == pair and tokens[i + 2] == guessed[0] for i in range(len(tokens) - 2))
+
+
+# -- the real model --
+
+
+@pytest.fixture
+def engine(weights: LlamaWeights) -> Engine:
+    return of(weights, Speculation(StepCosts(FREE)))
+
+
+def of(weights: LlamaWeights, speculation: Speculation | None) -> Engine:
+    options = ContextOptions(n_cells=1024, n_batch=512, threads=2, threads_batch=2, n_guessed=24)
+    return Engine(LlamaModel(weights, options), step_seconds=None, speculation=speculation)
+
+
+def built(weights: LlamaWeights, *messages: Message) -> array[int]:
+    return PromptBuilder(read_model(weights.path), weights.vocabulary).build(list(messages)).tokens
+
+
+COPIED = " ".join(
+    ["the", "small", "red", "boat", "went", "down", "the", "river", "past", "green", "hills", "and", "quiet", "farms"][
+        ::-1
+    ]
+)
+COPYING = [f"Repeat: {COPIED}", f"Repeat after me: {COPIED}", f"```\n{COPIED}\n```\n\nRepeat the text."]
+
+
+def test_copies_take_a_third_of_the_steps_and_are_the_same(engine: Engine, weights: LlamaWeights) -> None:
+    plain = of(weights, None)
+    speculation = engine.speculation
+    assert speculation is not None
+    greedy = SamplingParams(temperature=0, max_tokens=100)
+    n_tokens = n_steps = 0
+    for text in COPYING:
+        prompt = built(weights, Message("user", text))
+        engine.add(prompt, greedy)
+        said: list[int] = []
+        while not engine.is_idle:
+            n_steps += 1
+            said += tokens_of(engine.step())
+        assert said == tokens_of(list(plain.generate(prompt, greedy)))
+        n_tokens += len(said)
+    assert n_tokens / n_steps > 2
+    assert speculation.n_right > speculation.n_guessed / 3
+    plain.close()
+    engine.close()
+
+
+def test_golden_answers_are_the_same_with_guesses(engine: Engine, weights: LlamaWeights) -> None:
+    golden = json.loads(Path(__file__).parents[1].joinpath("golden.json").read_text("utf-8"))
+    for case in golden[::3]:
+        system = [Message("system", case["system"])] if case["system"] else []
+        prompt = built(weights, *system, *(Message(each["role"], each["content"]) for each in case["messages"]))
+        text = "".join(
+            d.text for d in engine.generate(prompt, SamplingParams(temperature=0, max_tokens=100), trim=True)
+        )
+        assert text == case["greedy"] or case["greedy"].startswith(text[:300])
+    engine.close()
+
+
+def test_drawn_tokens_log_probabilities_and_grammars_agree_with_the_guesses(
+    engine: Engine, weights: LlamaWeights
+) -> None:
+    """The random numbers go on with each token that is written, not with each that was computed."""
+    plain = of(weights, None)
+    prompt = built(weights, Message("user", COPYING[0]))
+    for params in (
+        SamplingParams(temperature=0.7, seed=5, max_tokens=60, repeat_penalty=1.1),
+        SamplingParams(temperature=1.0, seed=9, max_tokens=60, logprobs=2),
+        SamplingParams(temperature=0, max_tokens=60, grammar='root ::= ("the small red boat " | [a-z ]+)+'),
+    ):
+        with_guesses = list(engine.generate(prompt, params))
+        without = list(plain.generate(prompt, params))
+        assert tokens_of(with_guesses) == tokens_of(without)
+        for ours, theirs in zip(with_guesses, without, strict=True):
+            assert (ours.logprobs is None) == (theirs.logprobs is None)
+            if ours.logprobs and theirs.logprobs:
+                assert ours.logprobs.logprob == pytest.approx(theirs.logprobs.logprob, abs=0.1)
+    assert engine.speculation is not None and engine.speculation.n_right > 0
+    plain.close()
+    engine.close()
