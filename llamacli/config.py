@@ -177,6 +177,10 @@ class Settings:
         default="f16",
         metadata=choice("Number format of the computed context; q8_0 takes half the memory and disk.", "f16", "q8_0"),
     )
+    draft_model: str | None = field(
+        default=None,
+        metadata=text("A smaller model of the same vocabulary that writes ahead of the other.", is_reference=True),
+    )
     no_speculation: bool = field(
         default=False, metadata=switch("Do not compute guessed tokens beside those that are known.")
     )

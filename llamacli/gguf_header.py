@@ -159,6 +159,11 @@ class Header:
         return len(tokens) if isinstance(tokens, LazyArray) else self._needed("vocab_size")
 
     @property
+    def vocabulary(self) -> object:
+        """Comparable: two models of equal vocabularies mean the same by a token id."""
+        return self.metadata.get("tokenizer.ggml.model"), self.metadata.get("tokenizer.ggml.tokens")
+
+    @property
     def n_embd_k_gqa(self) -> int:
         """Width of one token's keys in one layer."""
         return self._head_size("attention.key_length") * self.n_head_kv

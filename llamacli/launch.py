@@ -14,7 +14,7 @@ from llamacli import machine, stored_prefixes
 from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
-from llamacli.errors import ResourceError, UsageError
+from llamacli.errors import ModelError, ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.machine import Gpu
 from llamacli.models import checksum
@@ -24,6 +24,7 @@ from llamacli.prompt import Message, Prompt, PromptBuilder
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
+    from llamacli.engine.draft_model import DraftModel
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
     from llamacli.engine.prefixes import Prefixes
@@ -35,6 +36,7 @@ FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trai
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
 MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
 MIN_BATCH = 32
+DRAFT_CONTEXTS = 4
 MAX_GUESSED = 24  # rows of a step for guessed tokens, all sequences together
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
@@ -57,6 +59,14 @@ class Choice:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The smaller model that is to write ahead."""
+
+    file: ModelFile
+    header: Header
+
+
 @dataclass(slots=True)
 class Launch:
     """A model on its way to an engine. Built by `prepare`, loaded by `load`, started by `start`."""
@@ -70,16 +80,36 @@ class Launch:
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
     weights: LlamaWeights | None = None
+    draft: Draft | None = None
     speculation: Speculation | None = None
 
 
-def prepare(settings: Settings, file: ModelFile, notice: Notice, notes: Notes | None = None) -> Launch:
+def prepare(
+    settings: Settings,
+    file: ModelFile,
+    notice: Notice,
+    notes: Notes | None = None,
+    draft: ModelFile | None = None,
+) -> Launch:
     """Read the model's header. Nothing native is loaded. Raises ModelError.
 
     notes   what is known of the file, its checksum above all; without them it is computed anew
+    draft   a smaller model that is to write ahead
     """
     header = read_model(file.path)
-    return Launch(file, header, settings, _limit(header, settings, notice), notes)
+    launch = Launch(file, header, settings, _limit(header, settings, notice), notes)
+    if draft is not None:
+        launch.draft = Draft(draft, _of_one_vocabulary(read_model(draft.path), header))
+    return launch
+
+
+def _of_one_vocabulary(draft: Header, header: Header) -> Header:
+    if draft.vocabulary != header.vocabulary:
+        raise ModelError(
+            f"{draft.path.name} cannot write ahead for {header.path.name}: its vocabulary is another one. "
+            "Choose a --draft-model of the same family"
+        )
+    return draft
 
 
 def load(launch: Launch, notice: Notice) -> LlamaWeights:
@@ -125,7 +155,7 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    speculation = _speculation(launch, learns=False)
+    speculation = _speculation(launch, n_slots=1, learns=False)
     kv = launch.settings.kv_type
     options = ContextOptions(
         n_cells=n_cells,
@@ -146,7 +176,7 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
     )
 
 
-def _speculation(launch: Launch, *, learns: bool, is_alike: bool = False) -> Speculation | None:
+def _speculation(launch: Launch, *, n_slots: int, learns: bool, is_alike: bool = False) -> Speculation | None:
     """What guesses tokens, if anything is to.
 
     learns     from the time that steps take; where a seed was asked for, a batch must not depend on that
@@ -159,10 +189,48 @@ def _speculation(launch: Launch, *, learns: bool, is_alike: bool = False) -> Spe
     from llamacli.engine.speculation import ON_CPU, ON_GPU, Speculation, StepCosts
 
     learns = learns and launch.settings.seed is None
-    why = "guesses from the text so far; steps are timed" if learns else "guesses from the text so far"
-    launch.choices["speculation"] = Choice("prompt lookup", why)
-    launch.speculation = Speculation(StepCosts(ON_CPU if launch.device == "CPU" else ON_GPU, learns=learns))
+    names, why = "prompt lookup", "guesses from the text so far"
+    draft_model = None
+    if launch.draft is not None:
+        draft_model = _draft_model(launch, launch.draft, n_slots)
+        names, why = "prompt lookup, draft model", f"{why} and from {launch.draft.file.name}"
+    launch.choices["speculation"] = Choice(names, f"{why}; steps are timed" if learns else why)
+    costs = StepCosts(ON_CPU if launch.device == "CPU" else ON_GPU, learns=learns)
+    launch.speculation = Speculation(costs, draft_model)
     return launch.speculation
+
+
+def _draft_model(launch: Launch, draft: Draft, n_slots: int) -> DraftModel:
+    from llamacli.engine.draft_model import DraftModel
+    from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
+
+    checksum.check(draft.file, launch.notes)
+    layers = 0 if launch.device == "CPU" else -1
+    threads, _ = _threads(launch.settings)
+    options = ContextOptions(
+        n_cells=_draft_cells(launch, draft, n_slots),
+        n_slots=n_slots,
+        n_batch=MAX_BATCH,
+        threads=threads,
+        threads_batch=threads,
+    )
+    model = LlamaModel(LlamaWeights(draft.file.path, LoadOptions(gpu_layers=layers)), options)
+    # Both read all their weights for a token: that is what a step of one row takes.
+    return DraftModel(model, cost=draft.header.weight_bytes / launch.header.weight_bytes)
+
+
+def _draft_cells(launch: Launch, draft: Draft, n_slots: int) -> int:
+    """A few full contexts: who finds none does without guesses."""
+    limit = min(launch.n_limit, draft.header.context_length or launch.n_limit)
+    return -(-limit * min(n_slots, DRAFT_CONTEXTS) // memory.CELLS) * memory.CELLS
+
+
+def _draft_bytes(launch: Launch, n_slots: int) -> int:
+    """What the smaller model takes of the machine's memory."""
+    if launch.draft is None:
+        return 0
+    n_cells = _draft_cells(launch, launch.draft, n_slots)
+    return memory.plan(launch.draft.header, n_cells, n_ubatch=MAX_BATCH, n_outputs=n_slots).host.total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,30 +258,47 @@ class ServeOptions:
             raise UsageError(f"--slots must be between 1 and {MAX_SERVED}, not {self.slots}")
 
 
-def serving(settings: Settings, file: ModelFile, cache: Path | None, options: ServeOptions) -> Recipe:
+def serving(
+    settings: Settings,
+    file: ModelFile,
+    cache: Path | None,
+    options: ServeOptions,
+    draft: ModelFile | None = None,
+) -> Recipe:
     """How a child process makes the engine of a server. See supervisor.EngineProcess.
 
     cache   where what is known of the file is noted; None keeps no notes
+    draft   a smaller model that is to write ahead
 
     Raises ModelError for a file that is no model, before any process is started.
     """
     from llamacli.engine.protocol import Recipe
 
-    prepare(settings, file, lambda _: None)  # the child will say what there is to say
+    prepare(settings, file, lambda _: None, None, draft)  # the child will say what there is to say
     return Recipe(
         "llamacli.launch:workshop",
         {
             "settings": asdict(settings),
-            "file": asdict(file) | {"path": str(file.path)},
+            "file": _as_plain(file),
+            "draft": _as_plain(draft) if draft else None,
             "cache": str(cache) if cache else None,
             "options": asdict(options),
         },
     )
 
 
+def _as_plain(file: ModelFile) -> dict[str, Any]:
+    return asdict(file) | {"path": str(file.path)}
+
+
+def _from_plain(values: dict[str, Any]) -> ModelFile:
+    return ModelFile(**values | {"path": Path(values["path"])})
+
+
 def workshop(
     settings: dict[str, Any],
     file: dict[str, Any],
+    draft: dict[str, Any] | None,
     cache: str | None,
     options: dict[str, Any],
     notice: Notice,
@@ -230,8 +315,9 @@ def workshop(
     from llamacli.engine.worker import Workshop
 
     wanted = ServeOptions(**options)
-    model = ModelFile(**file | {"path": Path(file["path"])})
-    launch = prepare(Settings(**settings), model, notice, Notes(Path(cache)) if cache else None)
+    model = _from_plain(file)
+    notes = Notes(Path(cache)) if cache else None
+    launch = prepare(Settings(**settings), model, notice, notes, _from_plain(draft) if draft else None)
     engine = serve(launch, wanted, notice, usable=machine.memory().usable if usable is None else usable)
     assert launch.weights is not None
     if cache and not wanted.is_alike:
@@ -265,6 +351,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 
     checksum.check(launch.file, launch.notes)
     layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    usable -= _draft_bytes(launch, options.slots)
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
@@ -278,8 +365,8 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         "batch": Choice(MAX_BATCH, _why_batch(step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    speculation = _speculation(launch, learns=True, is_alike=options.is_alike)
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    speculation = _speculation(launch, n_slots=options.slots, learns=True, is_alike=options.is_alike)
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
         n_cells=n_cells,
@@ -381,7 +468,7 @@ def _threads(settings: Settings) -> tuple[int, str]:
 def _max_cells(launch: Launch, layers: int) -> int:
     """How far the KV cache may grow: to the limit, or as far as memory goes."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    usable = machine.memory().usable
+    usable = machine.memory().usable - _draft_bytes(launch, 1)
     smallest = memory.plan(
         header,
         min(limit, memory.CELLS),

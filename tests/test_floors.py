@@ -18,7 +18,7 @@ FLOORS = [
     ["errors", "__init__"],
     ["config", "machine", "gguf_header", "gguf"],
     ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
-    ["engine.lookup", "engine.speculation"],
+    ["engine.lookup"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
         *("schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
@@ -35,6 +35,7 @@ FLOORS = [
     ],
     ["engine.kv", "engine.model", "engine.memory", "engine.bindings", "models.facts"],
     ["engine.prefix_file", "engine.prefix_store", "engine.prefixes"],
+    ["engine.draft_model", "engine.speculation"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
     ["together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],

@@ -17,7 +17,7 @@ import typer
 
 from llamacli import __version__
 from llamacli.commands import keeping, options, testing_options
-from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, NoSpeculation, resolved
+from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, resolved
 from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
@@ -192,7 +192,8 @@ def run(
         bool | None, typer.Option("--local", help="Compute here, even if a server has the model loaded.")
     ] = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    no_speculation: NoSpeculation = None,
+    draft_model: options.DraftModel = None,
+    no_speculation: options.NoSpeculation = None,
     no_cache: NoCache = None,
     cache_size: CacheSize = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
@@ -254,7 +255,8 @@ def batch(
     gpu_layers: options.GpuLayers = None,
     require_gpu: options.RequireGpu = None,
     threads: options.Threads = None,
-    no_speculation: NoSpeculation = None,
+    draft_model: options.DraftModel = None,
+    no_speculation: options.NoSpeculation = None,
     offline: options.Offline = None,
     quiet: options.QuietSetting = None,
     verbose: options.VerboseSetting = None,
@@ -328,7 +330,8 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
     repack: Annotated[str, typer.Option(metavar="auto|on|off", help="Rewrite the weights for this CPU.")] = "auto",
     kv_type: KvType = None,
-    no_speculation: NoSpeculation = None,
+    draft_model: options.DraftModel = None,
+    no_speculation: options.NoSpeculation = None,
     no_cache: NoCache = None,
     cache_size: CacheSize = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,

@@ -70,6 +70,7 @@ def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | 
             server.max_tokens is not None and settings.max_tokens is None
         ),
         "--no-speculation": settings.no_speculation,
+        "--draft-model": settings.draft_model is not None,
         "what it guesses depends on the time that its steps take; the answer is to be repeatable": (
             is_repeatable and server.choices.get("speculation", ("off", ""))[0] != "off"
         ),

@@ -28,7 +28,7 @@ from llamacli.batch.request import Defaults, id_of
 from llamacli.batch.template import Template
 from llamacli.batch.work import Result, Work
 from llamacli.commands import question, terminal
-from llamacli.commands.obtain import models_in, obtain
+from llamacli.commands.obtain import models_in, obtain, obtain_draft
 from llamacli.commands.pace import Pace
 from llamacli.commands.question import RunOptions
 from llamacli.commands.terminal import Notices
@@ -78,7 +78,8 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
         return EXIT_FAILED if output.n_failed else 0
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, notices)
-    launch = launching.prepare(settings, file, notices.say, notes)
+    draft = obtain_draft(settings, models_in(places), notes, notices)
+    launch = launching.prepare(settings, file, notices.say, notes, draft)
     engine = _Engine(launch, options, feed, replace(defaults, model=file.name), notices)
     return _write(engine.results(), output, total, notices, quiet=settings.quiet)
 

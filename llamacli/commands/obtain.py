@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from llamacli.commands.terminal import Notices
@@ -33,6 +34,13 @@ def obtain(settings: Settings, places: Places, notes: Notes, notices: Notices) -
         file = download(error.reference, places, notes, notices, quiet=settings.quiet)
     notes.use(file.path)
     return file
+
+
+def obtain_draft(settings: Settings, places: Places, notes: Notes, notices: Notices) -> ModelFile | None:
+    """The smaller model that writes ahead, if there is to be one. Raises as obtain() does."""
+    if settings.draft_model is None or settings.no_speculation:
+        return None
+    return obtain(replace(settings, model=settings.draft_model), places, notes, notices)
 
 
 def download(reference: Reference, places: Places, notes: Notes, notices: Notices, *, quiet: bool) -> ModelFile:

@@ -64,6 +64,10 @@ RequireGpu = Annotated[bool | None, typer.Option("--require-gpu", help="Fail rat
 KvType = Annotated[
     str | None, typer.Option(metavar="f16|q8_0", help="The computed context: q8_0 takes half the memory. [f16]")
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="A smaller model of the same vocabulary that writes ahead.", autocompletion=model_names),
+]
 NoSpeculation = Annotated[bool | None, typer.Option("--no-speculation", help="Compute no guessed tokens.")]
 NoCache = Annotated[bool | None, typer.Option("--no-cache", help="Neither read nor write computed prefixes.")]
 CacheSize = Annotated[

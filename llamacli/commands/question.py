@@ -71,7 +71,7 @@ def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
 # What a server elsewhere is not told, or does not do.
 _ONLY_HERE = (
     *("model", "ctx_size", "gpu_layers", "require_gpu", "threads", "kv_type", "on_overflow", "offline", "no_cache"),
-    *("cache_size", "no_speculation"),
+    *("cache_size", "draft_model", "no_speculation"),
 )
 _STRENGTH = {"default": 0, "file": 1, "environment": 2, "flag": 3}
 

@@ -67,11 +67,12 @@ def _here(
     notices: Notices,
     started: float,
 ) -> int:
-    from llamacli.commands.obtain import models_in, obtain
+    from llamacli.commands.obtain import models_in, obtain, obtain_draft
     from llamacli.models.notes import Notes
 
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, notices)
+    draft = obtain_draft(settings, models_in(places), notes, notices)
     params = question.sampling(settings, options)
     params = replace(params, seed=draw_seed()) if params.seed is None else params
     texts = None
@@ -92,7 +93,7 @@ def _here(
     from llamacli import launch as launching
     from llamacli.commands.local import Local
 
-    launch = launching.prepare(settings, file, notices.say, notes)
+    launch = launching.prepare(settings, file, notices.say, notes, draft)
     local = Local(launch, params, options, notices, notes, places.prefixes, form, started=started)
     local.ask(texts or question.read_texts(options.prompt, reads_stdin, notices))
     code = deliver(local, as_json=options.as_json, stream=options.stream, form=form)

@@ -145,7 +145,7 @@ def _serve(settings: Settings, wishes: Wishes, places: Directories, log: Log) ->
 def _engine(settings: Settings, wishes: Wishes, places: Directories, log: Log) -> tuple[EngineProcess, ModelFile]:
     """The model's engine, not yet started, and its file. Raises LlamacliError."""
     from llamacli import launch as launching
-    from llamacli.commands.obtain import models_in, obtain
+    from llamacli.commands.obtain import models_in, obtain, obtain_draft
     from llamacli.commands.terminal import Notices
     from llamacli.models.notes import Notes
 
@@ -154,8 +154,10 @@ def _engine(settings: Settings, wishes: Wishes, places: Directories, log: Log) -
     if is_alike:  # one after the other, and weights as they are in the file whatever memory is free
         options = launching.ServeOptions(slots=1, repack=False, is_alike=True)
     notes = Notes(places.cache)
-    file = obtain(settings, models_in(places), notes, Notices(quiet=settings.quiet))
-    recipe = launching.serving(settings, file, places.cache, options)
+    notices = Notices(quiet=settings.quiet)
+    file = obtain(settings, models_in(places), notes, notices)
+    draft = None if is_alike else obtain_draft(settings, models_in(places), notes, notices)
+    recipe = launching.serving(settings, file, places.cache, options, draft)
     patience = MAX_SECONDS if wishes.testing.allows_simulation else wishes.patience.reading
     return EngineProcess(recipe, notice=lambda line: log.event("notice", line), stall_seconds=patience), file
 

@@ -212,6 +212,8 @@ class Engine:
         for request in list(self._requests.values()):
             self.cancel(request.sequence)
         self.kv.clear()
+        if self.speculation is not None:
+            self.speculation.close()
         self.model.close()
 
     def _prepare(self, sequence: Sequence) -> bool:

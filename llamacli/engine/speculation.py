@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from heapq import heapify, heapreplace
-from typing import Protocol
 
+from llamacli.engine.draft_model import FURTHEST, DraftModel, Guesses
 from llamacli.engine.lookup import Lookup
 from llamacli.engine.sequence import Sequence
 
@@ -73,18 +73,12 @@ class StepCosts:
         return times[i - 1] + share * (times[i] - times[i - 1])
 
 
-class Guesser(Protocol):
-    """Another source of guesses: a grammar, a smaller model."""
-
-    def guess(self, n: int) -> Iterable[tuple[int, float]]:
-        """Up to `n` tokens, each with the chance that it and all before it are right."""
-
-
 class Speculation:
-    """The guesses for all sequences of an engine."""
+    """The guesses for all sequences of an engine: from their own texts, and from a smaller model if there is one."""
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, draft_model: DraftModel | None = None) -> None:
         self.costs = costs
+        self.draft_model = draft_model
         self.n_guessed = 0
         self.n_right = 0
         self._lookups: dict[int, Lookup] = {}  # by sequence id
@@ -96,6 +90,8 @@ class Speculation:
         n_rows   how many there may be
         """
         offers = [self._offer(sequence, min(limit, n_rows)) for sequence, limit in zip(decoding, limits, strict=True)]
+        if self.draft_model is not None:
+            self._ask(self.draft_model, decoding, limits, offers, n_rows)
         if not any(offers):
             return [array("i") for _ in offers]
         shares = share_out([[chance for _, chance in offer] for offer in offers], n_rows, self.costs)
@@ -108,6 +104,37 @@ class Speculation:
         lookup.catch_up()
         return [(token, chance) for token, chance in lookup.guess(limit) if chance >= LEAST_CHANCE]
 
+    def _ask(
+        self, model: DraftModel, decoding: list[Sequence], limits: list[int], offers: list[Guesses], n_rows: int
+    ) -> None:
+        """Let the smaller model write where the text itself says too little."""
+        asked = [
+            i
+            for i, (limit, offer) in enumerate(zip(limits, offers, strict=True))
+            if limit > 0 and (not offer or offer[0][1] < model.chance)
+        ]
+        if not asked:
+            return
+        n = self._tokens_ahead(model, len(decoding), len(asked), n_rows)
+        if not n and model.is_rested():
+            n = 1
+        n = min(n, max(limits[i] for i in asked))
+        for i, guesses in zip(asked, model.guess([decoding[i] for i in asked], n), strict=True):
+            if guesses:
+                offers[i] = guesses[: limits[i]]
+
+    def _tokens_ahead(self, model: DraftModel, n_known: int, n_asked: int, n_rows: int) -> int:
+        """How many tokens to write ahead for most tokens of a second; 0 where that does not pay."""
+        step = self.costs.of(1)
+        best, best_rate, expected, right = 0, MARGIN * n_known / self.costs.of(n_known), float(n_known), 1.0
+        for n in range(1, min(FURTHEST, n_rows // n_asked) + 1):
+            right *= model.chance
+            expected += n_asked * right
+            rate = expected / (self.costs.of(n_known + n * n_asked) + n * model.cost * step)
+            if rate > best_rate:
+                best, best_rate = n, rate
+        return best
+
     def note(self, n_guessed: int, n_right: int) -> None:
         """So many guesses of a sequence were computed, and so many of them were what the sampler drew."""
         self.n_guessed += n_guessed
@@ -115,6 +142,12 @@ class Speculation:
 
     def forget(self, sequence: Sequence) -> None:
         self._lookups.pop(sequence.id, None)
+        if self.draft_model is not None:
+            self.draft_model.forget(sequence)
+
+    def close(self) -> None:
+        if self.draft_model is not None:
+            self.draft_model.close()
 
 
 def share_out(chances: list[list[float]], n_most: int, costs: StepCosts) -> list[int]:

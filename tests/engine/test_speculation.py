@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import EOS, ScriptedModel
+from scripted import EOS, ScriptedModel, count_up
 from test_engine import drain, is_clean, tokens_of
 
+from llamacli.engine.draft_model import DraftModel
 from llamacli.engine.engine import Engine
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights
 from llamacli.engine.lookup import Lookup
 from llamacli.engine.model import Aborted, KvFull
-from llamacli.engine.sequence import FinishReason, SamplingParams
+from llamacli.engine.sequence import Alternative, FinishReason, Logprobs, SamplingParams
 from llamacli.engine.speculation import ON_CPU, Speculation, StepCosts, share_out
 from llamacli.gguf import read_model
 from llamacli.prompt import Message, PromptBuilder
@@ -154,6 +155,84 @@ def test_who_cannot_be_guessed_soon_costs_no_row() -> None:
     engine = guessing(model, ON_CPU)
     list(engine.generate([1, 5, 6], SamplingParams(max_tokens=280)))
     assert model.n_guesses < 20
+
+
+# -- a smaller model that writes ahead --
+
+
+class Clerk(ScriptedModel):
+    """Foretells what `say` says: surely, unless it hesitates."""
+
+    hesitates = False
+
+    def logprobs(self, row: int, token: int, n_top: int) -> Logprobs:
+        told = self.say(self.outputs[row])
+        return Logprobs(told, 0.0, (Alternative(told, -3.0 if self.hesitates else -0.05),))
+
+
+def assisted(model: ScriptedModel, clerk: Clerk, *, cost: float = 0.01, n_limit: int | None = None) -> Engine:
+    return Engine(
+        model,
+        n_limit=n_limit,
+        speculation=Speculation(StepCosts(FREE), DraftModel(clerk, cost=cost)),
+    )
+
+
+def test_a_smaller_model_saves_steps_where_the_text_says_nothing() -> None:
+    model, clerk = ScriptedModel(n_cells=256), Clerk(n_cells=256)
+    engine = assisted(model, clerk)
+    said = tokens_of(list(engine.generate([1, 5, 6], SamplingParams(max_tokens=100))))
+    assert said == alone(count_up, [1, 5, 6], 100)
+    assert len(model.batches) < 40
+    assert is_clean(engine, model) and clerk.n_used == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=30), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.integers(2, 9),
+    st.integers(20, 200),
+    st.booleans(),
+)
+def test_a_smaller_model_that_is_often_wrong_changes_nothing(
+    prompts: list[list[int]], n: int, often: int, n_cells: int, hesitates: bool
+) -> None:
+    clerk = Clerk(n_cells=n_cells, say=lambda tokens: count_up(tokens) if sum(tokens) % often else 7)
+    clerk.hesitates = hesitates
+    model = ScriptedModel(n_cells=200)
+    engine = assisted(model, clerk, n_limit=40)
+    wanted = {
+        engine.add(prompt, SamplingParams(max_tokens=n)).id: alone(count_up, prompt, min(n, 40 - len(prompt)))
+        for prompt in prompts
+    }
+    for sequence_id, deltas in drain(engine).items():
+        said = tokens_of(deltas)
+        assert said == wanted[sequence_id][: len(said)]
+        assert len(said) == len(wanted[sequence_id]) or deltas[-1].finish_reason is FinishReason.CONTEXT
+    assert clerk.n_refused == 0
+    assert is_clean(engine, model) and clerk.n_used == 0
+
+
+def test_a_smaller_model_that_does_not_pay_is_left_alone() -> None:
+    clerk = Clerk(n_cells=512, say=lambda _: 7)
+    engine = assisted(ScriptedModel(n_cells=512), clerk, cost=0.3)
+    list(engine.generate([1, 5, 6], SamplingParams(max_tokens=300)))
+    assert len(clerk.batches) < 60
+    costly = Clerk(n_cells=512)
+    engine = assisted(ScriptedModel(n_cells=512), costly, cost=1.5)
+    list(engine.generate([1, 5, 6], SamplingParams(max_tokens=300)))
+    assert len(costly.batches) < 10
+
+
+def test_an_answer_outlives_the_smaller_model() -> None:
+    model, clerk = ScriptedModel(n_cells=256), Clerk(n_cells=256)
+    engine = assisted(model, clerk)
+    engine.add([1, 5, 6], SamplingParams(max_tokens=60))
+    said = [token for _ in range(4) for token in tokens_of(engine.step())]
+    clerk.fail_once()
+    said += [token for deltas in drain(engine).values() for token in tokens_of(deltas)]
+    assert said == alone(count_up, [1, 5, 6], 60)
 
 
 # -- what is worth its row --
