@@ -60,7 +60,7 @@ class TimedModel:
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
         self.n_cells, self.n_slots = model.n_cells, model.n_slots
-        self.n_batch, self.n_vocab = model.n_batch, model.n_vocab
+        self.n_batch, self.n_guessed, self.n_vocab = model.n_batch, model.n_guessed, model.n_vocab
         self.piece, self.is_eog = model.piece, model.is_eog
         self.seq_rm, self.seq_cp = model.seq_rm, model.seq_cp
         self.last_logits, self.save, self.restore = model.last_logits, model.save, model.restore

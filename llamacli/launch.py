@@ -179,7 +179,7 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
 def _speculation(launch: Launch, *, n_slots: int, learns: bool, is_alike: bool = False) -> Speculation | None:
     """What guesses tokens, if anything is to.
 
-    learns     from the time that steps take; where a seed was asked for, a batch must not depend on that
+    learns     from the time that steps take, for answers that need not be repeatable
     is_alike   an answer is the same to the last bit whatever is computed beside it
     """
     if launch.settings.no_speculation or is_alike:
@@ -188,7 +188,6 @@ def _speculation(launch: Launch, *, n_slots: int, learns: bool, is_alike: bool =
         return None
     from llamacli.engine.speculation import ON_CPU, ON_GPU, Speculation, StepCosts
 
-    learns = learns and launch.settings.seed is None
     names, why = "prompt lookup", "guesses from the text so far"
     draft_model = None
     if launch.draft is not None:

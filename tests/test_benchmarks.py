@@ -146,6 +146,13 @@ def test_the_prefixes_benchmark_prints_every_row() -> None:
     assert all(row[1] and row[2] and row[3] for row in rows)
 
 
+@pytest.mark.slow
+def test_the_speculation_benchmark_prints_what_guesses_bring_and_cost() -> None:
+    rows = printed_rows("speculation")
+    assert rows[0][4] == "> 2 tokens" and rows[1][3].endswith("x")
+    assert [row[0] for row in rows[2::2]] == [f"a step of {n} rows, against one of a single row" for n in (2, 4, 8, 16)]
+
+
 def test_the_transfer_is_measured_with_its_memory() -> None:
     rows = printed_rows("transfer", "--megabytes", "2")
     assert [row[2:] for row in rows][1] == ["", "", "< 100 MB", rows[1][5]]

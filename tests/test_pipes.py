@@ -122,8 +122,29 @@ def test_json_is_one_object_with_everything_about_the_run(llamacli: Run) -> None
     assert record["model"]["template"] == "llama-2"
     assert (record["context_size"], record["device"]) == (1024, "CPU")
     assert record["settings"]["threads"]["value"] == 1
+    assert set(record["speculation"]) == {"guessed", "right"}
     assert set(record["timings"]) == {"load_s", "prefill_s", "first_token_s", "decode_tokens_per_s", "total_s"}
     assert record["timings"]["total_s"] >= record["timings"]["first_token_s"] > 0
+
+
+def test_guesses_speed_up_what_is_copied_and_change_nothing(llamacli: Run) -> None:
+    copy = "Repeat: the small red boat went down the river past green hills and quiet farms"
+    drawn = ("--json", "--seed", "4", copy)
+    record = json.loads(llamacli(*drawn).stdout)
+    assert 0 < record["speculation"]["right"] <= record["speculation"]["guessed"]
+    without = json.loads(llamacli("--no-speculation", *drawn).stdout)
+    assert without["speculation"] is None and without["answer"] == record["answer"]
+    assisted = json.loads(llamacli("--draft-model", "tiny", *drawn).stdout)
+    assert assisted["answer"] == record["answer"] and "from tiny" in assisted["settings"]["speculation"]["why"]
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(llamacli: Run, tmp_path: Path) -> None:
+    whole = store.bundled().read_bytes()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(whole.replace("\u2581the".encode(), "\u2581teh".encode()))
+    done = llamacli("--draft-model", str(other), LLAMA2)
+    assert (done.returncode, done.stdout) == (5, "") and "vocabulary" in one_line(done.stderr)
+    assert llamacli("--draft-model", "no-such", LLAMA2).returncode == 5
 
 
 def test_show_prompt_shows_text_and_ids_on_stderr(llamacli: Run) -> None:

@@ -50,6 +50,7 @@ def _obstacle(server: Presence, settings: Settings, options: RunOptions, file: M
 def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | None:
     """What would make its answer another one than ours."""
     is_repeatable = settings.seed is not None or settings.temperature == 0
+    guesses, _ = server.choices.get("speculation", ("prompt lookup", ""))
     rewritten, _ = server.choices.get("rewritten", (True, ""))
     obstacles = {
         "--local": settings.local,
@@ -71,8 +72,8 @@ def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | 
         ),
         "--no-speculation": settings.no_speculation,
         "--draft-model": settings.draft_model is not None,
-        "what it guesses depends on the time that its steps take; the answer is to be repeatable": (
-            is_repeatable and server.choices.get("speculation", ("off", ""))[0] != "off"
+        f"it guesses tokens otherwise ({guesses}); the answer is to be repeatable": (
+            is_repeatable and guesses != "prompt lookup"
         ),
         "its weights are in this CPU's own order and round otherwise; the answer is to be repeatable": (
             is_repeatable and bool(rewritten)

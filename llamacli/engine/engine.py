@@ -264,7 +264,7 @@ class Engine:
                 self._scheduler.cut_back(sequence, chunk.start + 1 + n_right)
             n_right += is_right
             deltas.append(self._take(request, token, logprobs))
-        self.speculation.note(len(guessed), n_right)
+        self.speculation.note(sequence, len(guessed), n_right)
         return deltas
 
     def _take(self, request: _Request, token: int | None, logprobs: Logprobs | None = None) -> Delta:
@@ -285,6 +285,8 @@ class Engine:
         sequence = request.sequence
         if request.detokenizer.stopped:
             return FinishReason.STOP
+        if request.params.grammar is not None and request.sampler.is_over():
+            return FinishReason.STOP  # no step is needed to hear it from the model
         if sequence.max_tokens is not None and sequence.n_generated >= sequence.max_tokens:
             return FinishReason.LENGTH
         if len(sequence.tokens) >= self.n_limit:
@@ -307,7 +309,14 @@ class Engine:
         """What may follow in each sequence, no further than its answer may go."""
         assert self.speculation is not None
         limits = [self._n_left(sequence) - 1 if sequence.n_generated else 0 for sequence in decoding]
-        return self.speculation.plan(decoding, limits, min(n_rows, self.model.n_guessed))
+        foreseen = {
+            sequence.id: request.sampler.foreseen()
+            for sequence in decoding
+            if (request := self._requests[sequence.id]).params.grammar is not None
+        }
+        is_timed = not any(self._requests[sequence.id].params.is_repeatable for sequence in decoding)
+        n_rows = min(n_rows, self.model.n_guessed)
+        return self.speculation.plan(decoding, limits, n_rows, foreseen, is_timed=is_timed)
 
     def _n_left(self, sequence: Sequence) -> int:
         """Tokens that may still be added to a sequence."""

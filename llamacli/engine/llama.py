@@ -17,7 +17,7 @@ from typing import Any
 from llamacli.engine.bindings import bindings
 from llamacli.engine.model import Aborted, BatchFailed, KvFull
 from llamacli.engine.sampling import Grammars, LlamaSampler
-from llamacli.engine.sequence import Alternative, Chunk, Logprobs, SamplingParams
+from llamacli.engine.sequence import NOTHING, Alternative, Chunk, Logprobs, SamplingParams
 from llamacli.errors import ModelError, ResourceError, UsageError
 
 MAX_SLOTS = 256  # LLAMA_MAX_SEQ
@@ -49,8 +49,8 @@ class Vocabulary:
         self.bos: int = c.llama_vocab_bos(pointer)
         self.eos: int = c.llama_vocab_eos(pointer)
         self.adds_bos: bool = c.llama_vocab_get_add_bos(pointer)
-        self.grammars = Grammars(pointer)
         self._pieces: dict[int, bytes] = {}
+        self.grammars = Grammars(pointer, self.n_tokens, self.piece)
         self._eog: frozenset[int] | None = None
 
     def tokenize(self, text: str, *, parse_special: bool = False) -> array[int]:
@@ -67,6 +67,14 @@ class Vocabulary:
             tokens = array("i", bytes(4 * -n))
             n = self._tokenize_into(tokens, raw, parse_special)
         return tokens[:n]
+
+    def continuing(self, text: str) -> array[int]:
+        """Token ids of a text that follows another one: no space is put before it."""
+        if not text:
+            return NOTHING
+        before = self.tokenize("\n")  # never part of a longer token
+        tokens = self.tokenize("\n" + text)
+        return tokens[len(before) :] if tokens[: len(before)] == before else NOTHING
 
     def _tokenize_into(self, tokens: array[int], raw: bytes, parse_special: bool) -> int:
         out = (ctypes.c_int32 * len(tokens)).from_buffer(tokens)

@@ -12,6 +12,7 @@ SHORTEST = 2  # tokens that must have stood there before
 LONGER = 3  # tokens that are looked for first
 LONGEST = 16  # counted of a match: a longer one says no more
 _EDGES = (2, 3, 4, 6, 10)  # matches of so many tokens and more are trusted alike
+_KINDS = tuple(max(sum(match >= edge for edge in _EDGES) - 1, 0) for match in range(LONGEST + 1))
 _PRIOR = (0.25, 0.4, 0.5, 0.65, 0.85)  # how often the next token is right after a match, before anything is known
 _PRIOR_WEIGHT = 4.0  # tokens that it takes to learn otherwise
 _MEMORY = 0.97  # what a token counts when the next one comes
@@ -62,12 +63,12 @@ class Lookup:
             return
         period = self._n - at
         for i in range(n):
-            kind = _kind(match + i)
+            kind = _KINDS[min(match + i, LONGEST)]
             chance *= self._hits[kind] / self._tries[kind]
             yield self._tokens[at + i % period], chance
 
     def _learn(self, is_right: bool) -> None:
-        kind = _kind(self._match)
+        kind = _KINDS[self._match]
         prior = (1 - _MEMORY) * _PRIOR_WEIGHT  # it never quite goes: a kind that was always wrong gets another chance
         self._hits[kind] = self._hits[kind] * _MEMORY + prior * _PRIOR[kind] + is_right
         self._tries[kind] = self._tries[kind] * _MEMORY + prior + 1
@@ -106,10 +107,3 @@ class Lookup:
         while match < LONGEST and match < at and tokens[at - 1 - match] == tokens[n - 1 - match]:
             match += 1
         return match
-
-
-def _kind(match: int) -> int:
-    kind = 0
-    while kind + 1 < len(_EDGES) and match >= _EDGES[kind + 1]:
-        kind += 1
-    return kind

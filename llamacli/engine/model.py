@@ -30,6 +30,12 @@ class Sampler(Protocol):
     def sample_from(self, logits: bytes) -> int | None:
         """The next token, drawn from float32[n_vocab]."""
 
+    def foreseen(self) -> array[int]:
+        """Tokens that are likely to come because the grammar leaves no choice; most often none."""
+
+    def is_over(self) -> bool:
+        """Whether the grammar allows nothing but the end of the answer now."""
+
     def close(self) -> None: ...
 
 

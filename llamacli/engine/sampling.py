@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import re
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llamacli.engine.bindings import bindings
-from llamacli.engine.sequence import SamplingParams, draw_seed
+from llamacli.engine.sequence import NOTHING, SamplingParams, draw_seed
 from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
     from llamacli.engine.llama import LlamaModel, Vocabulary
 
 MAX_GRAMMARS = 64  # kept compiled
+MAX_FORCED = 64  # characters that are looked ahead
 TOP_K_BOUND = 1000  # candidates when top_k is off but top_p sorts them
 _NEVER = float("-inf")
 COLDEST = 1e-6  # a lower temperature is greedy all the same, and its quotients leave the range of float32
@@ -37,6 +39,7 @@ class LlamaSampler:
     def __init__(self, model: LlamaModel, vocabulary: Vocabulary, params: SamplingParams, prompt: array[int]) -> None:
         self._bindings = bindings()
         self._model = model
+        self._vocabulary = vocabulary
         for token in params.logit_bias:
             if not 0 <= token < vocabulary.n_tokens:
                 raise UsageError(f"logit_bias names token {token}; the vocabulary has {vocabulary.n_tokens:,} tokens")
@@ -74,6 +77,21 @@ class LlamaSampler:
             accept(self._chain, token)
         return token
 
+    def foreseen(self) -> array[int]:
+        """The tokens of the text that the grammar leaves no choice about; the model may still cut them otherwise."""
+        if self._grammar is None:
+            return NOTHING
+        return self._vocabulary.continuing(self._vocabulary.grammars.forced_text(self._grammar))
+
+    def is_over(self) -> bool:
+        if self._grammar is None or self._candidates is None:
+            return False
+        if self._vocabulary.grammars.next_characters(self._grammar):
+            return False
+        is_end = self._vocabulary.is_eog
+        legal = self._candidates.legal(self._bindings.fast.llama_sampler_apply, self._grammar)
+        return bool(legal) and all(map(is_end, legal))
+
     def _sample_legal(self, candidates: _Candidates, logits: Any) -> int | None:
         apply = self._bindings.fast.llama_sampler_apply
         token = candidates.drawn_by(apply, self._chain, logits)
@@ -94,8 +112,10 @@ class LlamaSampler:
 class Grammars:
     """The compiled grammars of one vocabulary. Copying one (6 us) costs less than compiling it again."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, n_tokens: int, piece: Callable[[int], bytes]) -> None:
         self._vocabulary = vocabulary
+        self._n_tokens, self._piece = n_tokens, piece
+        self._ascii: _Letters | None = None
         self._compiled: dict[str, Any] = {}  # least recently used first
 
     def clone(self, text: str) -> Any:
@@ -105,6 +125,33 @@ class Grammars:
         if len(self._compiled) > MAX_GRAMMARS:
             bindings().c.llama_sampler_free(self._compiled.pop(next(iter(self._compiled))))
         return bindings().c.llama_sampler_clone(grammar)
+
+    def next_characters(self, grammar: Any) -> list[str]:
+        """Which characters of ASCII may come next: a hundredth of the vocabulary, and of the time that it takes."""
+        return self._letters().legal(grammar)
+
+    def forced_text(self, grammar: Any) -> str:
+        """What must come next, as far as there is only one character of ASCII each time."""
+        letters = self._letters()
+        text = ""
+        ahead = None
+        try:
+            while len(text) < MAX_FORCED:
+                found = letters.legal(ahead or grammar)
+                if len(found) != 1:
+                    break
+                text += found[0]
+                ahead = ahead or bindings().c.llama_sampler_clone(grammar)
+                bindings().fast.llama_sampler_accept(ahead, letters.token_of(found[0]))
+        finally:
+            if ahead:
+                bindings().c.llama_sampler_free(ahead)
+        return text
+
+    def _letters(self) -> _Letters:
+        if self._ascii is None:
+            self._ascii = _Letters(self._n_tokens, self._piece)
+        return self._ascii
 
     def close(self) -> None:
         for grammar in self._compiled.values():
@@ -117,6 +164,31 @@ class Grammars:
         if not grammar:
             raise UsageError("the grammar is no valid GBNF, or recurses to the left; its root rule must be called root")
         return grammar
+
+
+class _Letters:
+    """llama_token_data[n] of tokens that are one character of ASCII each."""
+
+    def __init__(self, n_tokens: int, piece: Callable[[int], bytes]) -> None:
+        c = bindings().c
+        self._tokens = {piece(token): token for token in range(n_tokens) if len(piece(token)) == 1}
+        self._tokens = {raw: token for raw, token in self._tokens.items() if raw.isascii()}
+        self._fresh = (c.llama_token_data * len(self._tokens))()
+        for entry, token in zip(self._fresh, self._tokens.values(), strict=True):
+            entry.id = token
+        self._data = (c.llama_token_data * len(self._tokens))()
+        self._logits = memoryview(self._data).cast("B").cast("f")[1::3]
+        self._all = c.llama_token_data_array(data=self._data, size=len(self._tokens), selected=-1, sorted=False)
+        self._characters = [raw.decode() for raw in self._tokens]
+
+    def legal(self, grammar: Any) -> list[str]:
+        ctypes.memmove(self._data, self._fresh, ctypes.sizeof(self._data))
+        self._all.size, self._all.selected = len(self._tokens), -1
+        bindings().fast.llama_sampler_apply(grammar, ctypes.byref(self._all))
+        return [character for character, logit in zip(self._characters, self._logits, strict=True) if logit > _NEVER]
+
+    def token_of(self, character: str) -> int:
+        return self._tokens[character.encode()]
 
 
 class _Candidates:
@@ -142,6 +214,13 @@ class _Candidates:
         apply(chain, ctypes.byref(self._all))
         token: int = self._all.data[self._all.selected].id
         return token
+
+    def legal(self, apply: Any, grammar: Any) -> list[int]:
+        """All tokens that a grammar allows. A few milliseconds."""
+        ctypes.memmove(self._data, self._fresh, ctypes.sizeof(self._data))
+        self._all.size, self._all.selected, self._all.sorted = self._n_vocab, -1, False
+        apply(grammar, ctypes.byref(self._all))
+        return [token for token, logit in enumerate(self._logits) if logit > _NEVER]
 
     def is_legal(self, apply: Any, grammar: Any, token: int) -> bool:
         self._one_data[0].id, self._one_data[0].logit = token, 1.0

@@ -99,6 +99,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias of token {token}", bias, -100, 100)
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether somebody may rely on getting the same answer again."""
+        return self.seed is not None or self.temperature == 0
+
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # nor is NaN

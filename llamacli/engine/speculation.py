@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from heapq import heapify, heapreplace
 
 from llamacli.engine.draft_model import FURTHEST, DraftModel, Guesses
@@ -19,6 +19,8 @@ from llamacli.engine.sequence import Sequence
 LEAST_CHANCE = 0.02  # of a guess that is considered at all
 MARGIN = 1.03  # a step with guesses must promise so much more
 _WEIGHT = 0.2  # of the newest time in the average
+_DISTURBED = 3.0  # times the average: a longer step counts as one that took so long
+_REMEMBERED = 200  # steps
 
 # What a step of so many rows takes, in steps of one row: K-quants on two cores. Other formats, and more cores, have
 # cheaper rows. Eight rows cost as much as sixteen, because the kernels for many rows take sixteen at once.
@@ -31,7 +33,7 @@ class StepCosts:
 
     table    rows → time, in any unit
     learns   trust measured times more than the table. Which tokens are guessed then depends on the clock, and a batch
-             of other rows rounds otherwise: where a seed must repeat an answer it must not learn
+             of other rows rounds otherwise: an answer that must be repeatable goes by the table
     """
 
     def __init__(self, table: Mapping[int, float] = ON_CPU, *, learns: bool = False) -> None:
@@ -40,14 +42,22 @@ class StepCosts:
         self._rows = sorted(table)
         self._times = [table[rows] for rows in self._rows]
         self._measured: dict[int, float] = {}
+        self._when: dict[int, int] = {}  # the step in which each was measured the last time
+        self._n_steps = 0
         self._known: dict[int, float] = {}  # what of() has answered since the last measurement
 
     def learn(self, n_rows: int, seconds: float) -> None:
-        if self.learns:
-            before = self._measured.get(n_rows, seconds)
-            # A step that was disturbed by something else on the machine says little.
-            self._measured[n_rows] = before + _WEIGHT * (min(seconds, 3 * before) - before)
-            self._known.clear()
+        if not self.learns:
+            return
+        before = self._of(n_rows) if self._measured else seconds
+        # A step that was disturbed by something else on the machine says little.
+        self._measured[n_rows] = before + _WEIGHT * (min(seconds, _DISTURBED * before) - before)
+        self._n_steps += 1
+        self._when[n_rows] = self._n_steps
+        self._known.clear()
+        # What looks too dear is not tried: what is old is forgotten, so that it cannot look so for ever.
+        for rows in [rows for rows, when in self._when.items() if when < self._n_steps - _REMEMBERED]:
+            del self._when[rows], self._measured[rows]
 
     def of(self, n_rows: int) -> float:
         found = self._known.get(n_rows)
@@ -57,20 +67,24 @@ class StepCosts:
 
     def _of(self, n_rows: int) -> float:
         if not self._measured:
-            return self._tabled(n_rows)
+            return self.tabled(n_rows)
         if n_rows in self._measured:
             return self._measured[n_rows]
         nearest = min(self._measured, key=lambda rows: abs(rows - n_rows))
-        return self._measured[nearest] * self._tabled(n_rows) / self._tabled(nearest)
+        return self._measured[nearest] * self.tabled(n_rows) / self.tabled(nearest)
 
-    def _tabled(self, n_rows: int) -> float:
-        """On a straight line between the neighbours in the table; beyond it, on from its last two."""
+    def tabled(self, n_rows: int) -> float:
+        """Without the clock: between two rows of the table on a straight line, and beyond it on from its last two."""
         rows, times = self._rows, self._times
         if len(rows) == 1:
             return times[0]
         i = min(max(bisect_left(rows, n_rows), 1), len(rows) - 1)
         share = (n_rows - rows[i - 1]) / (rows[i] - rows[i - 1])
         return times[i - 1] + share * (times[i] - times[i - 1])
+
+
+Cost = Callable[[int], float]
+_NOBODY: Mapping[int, array[int]] = {}
 
 
 class Speculation:
@@ -82,20 +96,47 @@ class Speculation:
         self.n_guessed = 0
         self.n_right = 0
         self._lookups: dict[int, Lookup] = {}  # by sequence id
+        self._foreseen: set[int] = set()  # sequences whose guesses are a grammar's, in this step
+        self._as_spelt, self._n_spelt = 4.0, 5.0  # tokens of a grammar that were cut as they were foreseen, of how many
 
-    def plan(self, decoding: list[Sequence], limits: list[int], n_rows: int) -> list[array[int]]:
+    def plan(
+        self,
+        decoding: list[Sequence],
+        limits: list[int],
+        n_rows: int,
+        foreseen: Mapping[int, array[int]] = _NOBODY,
+        *,
+        is_timed: bool = True,
+    ) -> list[array[int]]:
         """Guesses for each of these sequences, which have one pending token each; most often none.
 
-        limits   how many each may have
-        n_rows   how many there may be
+        limits     how many each may have
+        n_rows     how many there may be
+        foreseen   by sequence id: what a grammar leaves no choice about
+        is_timed   measured times count, if there are any
         """
-        offers = [self._offer(sequence, min(limit, n_rows)) for sequence, limit in zip(decoding, limits, strict=True)]
+        cost = self.costs.of if is_timed else self.costs.tabled
+        self._foreseen = {key for key, tokens in foreseen.items() if tokens}
+        offers = [
+            self._spelt(foreseen[sequence.id], min(limit, n_rows))
+            if sequence.id in self._foreseen
+            else self._offer(sequence, min(limit, n_rows))
+            for sequence, limit in zip(decoding, limits, strict=True)
+        ]
         if self.draft_model is not None:
-            self._ask(self.draft_model, decoding, limits, offers, n_rows)
+            self._ask(self.draft_model, decoding, limits, offers, n_rows, cost)
         if not any(offers):
             return [array("i") for _ in offers]
-        shares = share_out([[chance for _, chance in offer] for offer in offers], n_rows, self.costs)
+        shares = share_out([[chance for _, chance in offer] for offer in offers], n_rows, cost)
         return [array("i", [token for token, _ in offer[:n]]) for offer, n in zip(offers, shares, strict=True)]
+
+    def _spelt(self, tokens: array[int], limit: int) -> Guesses:
+        """What must come is certain, but not how the model cuts it into tokens."""
+        chance, offer = 1.0, []
+        for token in tokens[: max(limit, 0)]:
+            chance *= self._as_spelt / self._n_spelt
+            offer.append((token, chance))
+        return offer
 
     def _offer(self, sequence: Sequence, limit: int) -> list[tuple[int, float]]:
         lookup = self._lookups.get(sequence.id)
@@ -105,7 +146,13 @@ class Speculation:
         return [(token, chance) for token, chance in lookup.guess(limit) if chance >= LEAST_CHANCE]
 
     def _ask(
-        self, model: DraftModel, decoding: list[Sequence], limits: list[int], offers: list[Guesses], n_rows: int
+        self,
+        model: DraftModel,
+        decoding: list[Sequence],
+        limits: list[int],
+        offers: list[Guesses],
+        n_rows: int,
+        cost: Cost,
     ) -> None:
         """Let the smaller model write where the text itself says too little."""
         asked = [
@@ -115,7 +162,7 @@ class Speculation:
         ]
         if not asked:
             return
-        n = self._tokens_ahead(model, len(decoding), len(asked), n_rows)
+        n = _tokens_ahead(model, len(decoding), len(asked), n_rows, cost)
         if not n and model.is_rested():
             n = 1
         n = min(n, max(limits[i] for i in asked))
@@ -123,22 +170,13 @@ class Speculation:
             if guesses:
                 offers[i] = guesses[: limits[i]]
 
-    def _tokens_ahead(self, model: DraftModel, n_known: int, n_asked: int, n_rows: int) -> int:
-        """How many tokens to write ahead for most tokens of a second; 0 where that does not pay."""
-        step = self.costs.of(1)
-        best, best_rate, expected, right = 0, MARGIN * n_known / self.costs.of(n_known), float(n_known), 1.0
-        for n in range(1, min(FURTHEST, n_rows // n_asked) + 1):
-            right *= model.chance
-            expected += n_asked * right
-            rate = expected / (self.costs.of(n_known + n * n_asked) + n * model.cost * step)
-            if rate > best_rate:
-                best, best_rate = n, rate
-        return best
-
-    def note(self, n_guessed: int, n_right: int) -> None:
+    def note(self, sequence: Sequence, n_guessed: int, n_right: int) -> None:
         """So many guesses of a sequence were computed, and so many of them were what the sampler drew."""
         self.n_guessed += n_guessed
         self.n_right += n_right
+        if sequence.id in self._foreseen:
+            self._as_spelt += n_right
+            self._n_spelt += min(n_right + 1, n_guessed)
 
     def forget(self, sequence: Sequence) -> None:
         self._lookups.pop(sequence.id, None)
@@ -150,10 +188,23 @@ class Speculation:
             self.draft_model.close()
 
 
-def share_out(chances: list[list[float]], n_most: int, costs: StepCosts) -> list[int]:
+def _tokens_ahead(model: DraftModel, n_known: int, n_asked: int, n_rows: int, cost: Cost) -> int:
+    """How many tokens to write ahead for most tokens of a second; 0 where that does not pay."""
+    best, best_rate, expected, right = 0, MARGIN * n_known / cost(n_known), float(n_known), 1.0
+    for n in range(1, min(FURTHEST, n_rows // n_asked) + 1):
+        right *= model.chance
+        expected += n_asked * right
+        rate = expected / (cost(n_known + n * n_asked) + n * model.cost * cost(1))
+        if rate > best_rate:
+            best, best_rate = n, rate
+    return best
+
+
+def share_out(chances: list[list[float]], n_most: int, cost: Cost) -> list[int]:
     """How many guesses of each sequence are worth their rows.
 
     chances   of each sequence's guesses, falling; one row each is computed in any case
+    cost      of a step by its rows
 
     The likeliest first, as many as make most tokens of a second.
     """
@@ -161,7 +212,7 @@ def share_out(chances: list[list[float]], n_most: int, costs: StepCosts) -> list
     n_known = len(chances)
     queue = [(-offer[0], i) for i, offer in enumerate(chances) if offer]
     heapify(queue)
-    best, best_rate = shares[:], MARGIN * n_known / costs.of(n_known)
+    best, best_rate = shares[:], MARGIN * n_known / cost(n_known)
     expected = float(n_known)
     for n_extra in range(1, n_most + 1):
         if not queue or not queue[0][0]:
@@ -171,7 +222,7 @@ def share_out(chances: list[list[float]], n_most: int, costs: StepCosts) -> list
         shares[i] += 1
         following = -chances[i][shares[i]] if shares[i] < len(chances[i]) else 0.0
         heapreplace(queue, (following, i))
-        rate = expected / costs.of(n_known + n_extra)
+        rate = expected / cost(n_known + n_extra)
         if rate > best_rate:
             best, best_rate = shares[:], rate
     return best

@@ -6,7 +6,6 @@ Knows nothing of HTTP: an API's shape and a connection are its callers' business
 from __future__ import annotations
 
 import asyncio
-import os
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -265,7 +264,8 @@ class Service:
 
 
 def _seeded(params: SamplingParams, i: int) -> SamplingParams:
-    """Siblings of one request must differ, and each must be repeatable where a seed was given."""
-    if params.seed is None:
-        return replace(params, seed=int.from_bytes(os.urandom(4), "little") % (MAX_SEED + 1))
-    return replace(params, seed=(params.seed + i) % (MAX_SEED + 1)) if i else params
+    """Siblings of one request must differ, and each must be repeatable where a seed was given.
+
+    Without one the engine draws one for each, and knows that nobody relies on it.
+    """
+    return replace(params, seed=(params.seed + i) % (MAX_SEED + 1)) if params.seed is not None and i else params

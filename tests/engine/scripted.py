@@ -30,6 +30,12 @@ class ScriptedSampler:
     def sample_from(self, logits: bytes) -> int | None:
         return self._model.say(tuple(array("i", logits)))
 
+    def foreseen(self) -> array[int]:
+        return array("i")
+
+    def is_over(self) -> bool:
+        return False
+
     def close(self) -> None:
         self._model.n_samplers -= 1
 

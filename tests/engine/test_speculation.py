@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from llamacli.engine.engine import Engine
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights
 from llamacli.engine.lookup import Lookup
 from llamacli.engine.model import Aborted, KvFull
-from llamacli.engine.sequence import Alternative, FinishReason, Logprobs, SamplingParams
+from llamacli.engine.sequence import Alternative, Delta, FinishReason, Logprobs, SamplingParams
 from llamacli.engine.speculation import ON_CPU, Speculation, StepCosts, share_out
 from llamacli.gguf import read_model
 from llamacli.prompt import Message, PromptBuilder
@@ -157,6 +158,66 @@ def test_who_cannot_be_guessed_soon_costs_no_row() -> None:
     assert model.n_guesses < 20
 
 
+# -- what a grammar leaves no choice about --
+
+KEYS = 'root ::= "{\\"name\\":\\"" [A-Z] [a-z]{2,6} "\\",\\"city\\":\\"" [A-Z] [a-z]{2,6} "\\"}"'
+
+
+def steps_of(engine: Engine, prompt: array[int], params: SamplingParams) -> tuple[int, list[Delta]]:
+    engine.add(prompt, params)
+    n, deltas = 0, []
+    while not engine.is_idle:
+        n += 1
+        deltas += engine.step()
+    return n, deltas
+
+
+def test_what_a_grammar_forces_is_not_waited_for(engine: Engine, weights: LlamaWeights) -> None:
+    plain = of(weights, None)
+    prompt = built(weights, Message("user", "Extract JSON: Anna Smith is 34 years old and lives in Paris."))
+    for params in (
+        SamplingParams(temperature=0, max_tokens=60, grammar=KEYS),
+        SamplingParams(temperature=0.8, seed=3, max_tokens=60, grammar=KEYS),
+    ):
+        n_steps, deltas = steps_of(engine, prompt, params)
+        n_plain, without = steps_of(plain, prompt, params)
+        assert tokens_of(deltas) == tokens_of(without)
+        assert n_steps < 0.8 * n_plain
+        assert json.loads("".join(delta.text for delta in deltas)).keys() == {"name", "city"}
+    plain.close()
+    engine.close()
+
+
+def test_an_answer_that_its_grammar_ends_takes_no_step_more(engine: Engine, weights: LlamaWeights) -> None:
+    prompt = built(weights, Message("user", "Is it?"))
+    n_steps, deltas = steps_of(engine, prompt, SamplingParams(grammar='root ::= "a" [bc] "d"', max_tokens=9))
+    assert deltas[-1].finish_reason is FinishReason.STOP and deltas[-1].token is not None
+    assert n_steps <= len(tokens_of(deltas))
+    may_go_on = SamplingParams(temperature=0, grammar='root ::= "a" | "ab"', max_tokens=9)
+    assert "".join(delta.text for delta in steps_of(engine, prompt, may_go_on)[1]) in ("a", "ab")
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "forced"),
+    [
+        ('root ::= "{\\"name\\":" [a-z]+', '{"name":'),
+        ('root ::= "yes" | "no"', ""),
+        ('root ::= "true" | "trial"', "tr"),
+        ('root ::= "a" "é"', "a"),
+        ("root ::= [a-z]+", ""),
+        ('root ::= "' + "x" * 300 + '"', "x" * 64),
+    ],
+)
+def test_the_text_that_a_grammar_forces(weights: LlamaWeights, grammar: str, forced: str) -> None:
+    grammars = weights.vocabulary.grammars
+    one = grammars.clone(grammar)
+    assert grammars.forced_text(one) == forced
+    assert grammars.forced_text(one) == forced, "looking ahead changes nothing"
+    pieces = b"".join(map(weights.vocabulary.piece, weights.vocabulary.continuing(forced)))
+    assert pieces.decode() == forced
+
+
 # -- a smaller model that writes ahead --
 
 
@@ -240,15 +301,20 @@ def test_an_answer_outlives_the_smaller_model() -> None:
 
 def test_the_likeliest_guesses_get_the_rows_that_pay() -> None:
     offers = [[0.9, 0.8], [0.5, 0.1], [], [0.05]]
-    assert share_out(offers, 8, StepCosts({1: 1.0, 16: 16.0})) == [0, 0, 0, 0]  # each row costs a whole step
-    assert share_out(offers, 8, StepCosts({1: 1.0, 4: 4.0, 7: 4.0, 8: 8.0})) == [2, 1, 0, 0]  # three more cost nothing
-    assert share_out(offers, 8, StepCosts({1: 1.0, 4: 4.0, 9: 5.0, 10: 50.0})) == [2, 1, 0, 0]
+    assert share_out(offers, 8, StepCosts({1: 1.0, 16: 16.0}).of) == [0, 0, 0, 0]  # each row costs a whole step
+    assert share_out(offers, 8, StepCosts({1: 1.0, 4: 4.0, 7: 4.0, 8: 8.0}).of) == [
+        2,
+        1,
+        0,
+        0,
+    ]  # three more cost nothing
+    assert share_out(offers, 8, StepCosts({1: 1.0, 4: 4.0, 9: 5.0, 10: 50.0}).of) == [2, 1, 0, 0]
 
 
 def test_no_more_rows_are_given_than_there_are() -> None:
-    assert share_out([[0.9] * 9, [0.8] * 9], 3, StepCosts(FREE)) == [3, 0]
-    assert share_out([[0.9] * 2, [0.8] * 2], 8, StepCosts(FREE)) == [2, 2]
-    assert share_out([[], []], 8, StepCosts(FREE)) == [0, 0]
+    assert share_out([[0.9] * 9, [0.8] * 9], 3, StepCosts(FREE).of) == [3, 0]
+    assert share_out([[0.9] * 2, [0.8] * 2], 8, StepCosts(FREE).of) == [2, 2]
+    assert share_out([[], []], 8, StepCosts(FREE).of) == [0, 0]
 
 
 def test_a_step_costs_what_was_measured_and_in_between_what_the_table_makes_of_it() -> None:
@@ -261,11 +327,36 @@ def test_a_step_costs_what_was_measured_and_in_between_what_the_table_makes_of_i
     assert costs.of(2) < 0.8
 
 
-def test_where_a_seed_must_repeat_an_answer_no_time_is_looked_at() -> None:
-    costs = StepCosts(ON_CPU)
-    before = costs.of(5)
-    costs.learn(5, 123.0)
-    assert costs.of(5) == before
+def test_what_once_looked_too_dear_is_forgotten() -> None:
+    costs = StepCosts({1: 1.0, 2: 2.0}, learns=True)
+    costs.learn(1, 1.0)
+    for _ in range(9):
+        costs.learn(2, 500.0)
+    assert costs.of(2) > 10
+    for _ in range(250):
+        costs.learn(1, 1.0)
+    assert costs.of(2) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(seed=7)])
+def test_where_an_answer_must_be_repeatable_no_clock_is_looked_at(params: SamplingParams) -> None:
+    """Steps of one row seem to take for ever, so that by the clock every guess would be worth its row."""
+
+    def batches(costs: StepCosts, params: SamplingParams) -> list[list[tuple[int, int, int]]]:
+        model = ScriptedModel(n_cells=256, say=in_circles)
+        engine = Engine(model, speculation=Speculation(costs))
+        list(engine.generate([1, 5, 6], replace(params, max_tokens=80)))
+        return model.batches
+
+    def hasty() -> StepCosts:
+        costs = StepCosts({1: 1.0, 16: 16.0}, learns=True)
+        for n_rows in range(2, 12):
+            costs.learn(n_rows, 1e-9)
+        costs.learn(1, 1.0)
+        return costs
+
+    assert batches(hasty(), params) == batches(StepCosts({1: 1.0, 16: 16.0}), params)
+    assert len(batches(hasty(), SamplingParams())) < len(batches(hasty(), params))
 
 
 # -- where guesses come from --
