@@ -83,6 +83,13 @@ class Launch:
     draft: Draft | None = None
     speculation: Speculation | None = None
 
+    @property
+    def guesses(self) -> dict[str, int] | None:
+        """Tokens computed on the chance that they come next, and those that did; None where nothing is guessed."""
+        if self.speculation is None:
+            return None
+        return {"guessed": self.speculation.n_guessed, "right": self.speculation.n_right}
+
 
 def prepare(
     settings: Settings,

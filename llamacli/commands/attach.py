@@ -145,6 +145,7 @@ class Attached:
             "device": server.device,
             "settings": {"attached": attached} | chosen | {"on_overflow": "error"},
             "input": {"tokens": None, "kept": None, "parts": 1},
+            "speculation": None,
             "timings": timings,
         }
 

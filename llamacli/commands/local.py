@@ -265,7 +265,7 @@ def _record(job: _Job, progress: _Run, answer: str) -> dict[str, object]:
     launch, params, settings = job.launch, job.params, job.launch.settings
     start, end = progress.start, progress.end
     assert start is not None and end is not None and end.usage is not None and end.finish_reason is not None
-    fitted, guesses = start.fitted, launch.speculation
+    fitted = start.fitted
     timings = _timings(progress, start)  # before the checksum is taken, which may take seconds
     return {
         "answer": answer,
@@ -287,7 +287,7 @@ def _record(job: _Job, progress: _Run, answer: str) -> dict[str, object]:
         "settings": {name: asdict(choice) for name, choice in launch.choices.items()}
         | {"on_overflow": settings.on_overflow},
         "input": {"tokens": fitted.n_input, "kept": fitted.n_kept, "parts": 1},
-        "speculation": {"guessed": guesses.n_guessed, "right": guesses.n_right} if guesses else None,
+        "speculation": launch.guesses,
         "timings": timings,
     }
 

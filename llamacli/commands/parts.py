@@ -250,6 +250,7 @@ class Parts:
             "settings": {name: asdict(choice) for name, choice in launch.choices.items()}
             | {"on_overflow": "map-reduce"},
             "input": {"tokens": began.n_input, "kept": began.n_input, "parts": told.n_parts},
+            "speculation": launch.guesses,
             "timings": times,
         }
 

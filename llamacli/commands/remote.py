@@ -206,6 +206,7 @@ class Remote:
             "device": "remote",
             "settings": {"remote": {"value": self._where.shown, "why": self._source}},
             "input": {"tokens": None, "kept": None, "parts": 1},
+            "speculation": None,
             "timings": self._asked.timings(),
         }
 

@@ -78,7 +78,7 @@ def _here(
     texts = None
     if settings.on_overflow == "map-reduce":
         texts = question.read_texts(options.prompt, reads_stdin, notices)
-        parts = _parts(settings, options, params, form, texts, file, notices, notes, started)
+        parts = _parts(settings, options, params, form, texts, file, draft, notices, notes, started)
         if parts is not None:
             return deliver(parts, as_json=options.as_json, stream=options.stream, form=form)
     if _has_neighbours(places):
@@ -109,6 +109,7 @@ def _parts(
     form: Form | None,
     texts: Texts,
     file: ModelFile,
+    draft: ModelFile | None,
     notices: Notices,
     notes: Notes,
     started: float,
@@ -122,7 +123,7 @@ def _parts(
         return None
     if options.show_prompt:
         notices.say("--show-prompt shows nothing of an input that is read in parts")
-    launch = launching.prepare(settings, file, notices.say, notes)
+    launch = launching.prepare(settings, file, notices.say, notes, draft)
     return parts.Parts(launch, params, options, texts, form, notices, notes, started=started)
 
 
