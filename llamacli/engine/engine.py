@@ -63,7 +63,8 @@ class Engine:
         self.speculation = speculation
         self.prefixes = prefixes
         self._keeps = keeps
-        self.kv = KvCache(model.n_cells, model.n_slots, model)
+        n_kept = None if max_running is None else model.n_slots - max_running
+        self.kv = KvCache(model.n_cells, model.n_slots, model, n_kept)
         self._max_cells = max(max_cells or 0, model.n_cells)
         self.n_limit = min(n_limit or self._max_cells, self._max_cells)
         self._scheduler = Scheduler(

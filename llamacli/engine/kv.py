@@ -7,9 +7,13 @@ memory change in the same calls, so they cannot drift apart.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
+LEAST_KEPT = 2  # prefixes that are kept even if nobody has come back to one for a while
+PATIENCE = 4  # new conversations that nobody goes on with, for each prefix that is kept less
+MIN_MISSED = 32  # tokens; a shorter prefix is worth nothing: all conversations begin alike
 MIN_STORED = 64  # tokens; for a shorter prefix nothing is looked for on the disk, and nothing written
 
 
@@ -140,14 +144,21 @@ class Cells:
 
 
 class KvCache:
-    """Lends slots and cells to sequences, and keeps finished ones as prefixes for those that come later."""
+    """Lends slots and cells to sequences, and keeps finished ones as prefixes for those that come later.
 
-    def __init__(self, n_cells: int, n_slots: int, memory: Memory) -> None:
+    n_kept   prefixes that are worth keeping, to begin with; see regard(). By default as many as there are slots
+    """
+
+    def __init__(self, n_cells: int, n_slots: int, memory: Memory, n_kept: int | None = None) -> None:
         self.cells = Cells(n_cells)
         self.n_slots = n_slots
         self._memory = memory
         self._free_slots = list(range(n_slots - 1, -1, -1))
         self._cached: dict[int, array[int]] = {}  # least recently used first
+        self._most_kept = n_slots if n_kept is None else n_kept
+        self._n_kept = self._most_kept
+        self._n_in_vain = 0  # sequences that have come since somebody came back to a prefix
+        self._gone: deque[array[int]] = deque(maxlen=max(self._most_kept, 1))  # the tokens of those given up by trim()
 
     @property
     def n_cached_slots(self) -> int:
@@ -196,6 +207,26 @@ class KvCache:
         del self._cached[slot]
         self.release(slot)
         return True
+
+    def regard(self, tokens: array[int], length: int) -> None:
+        """A sequence begins, and its first `length` tokens were there. What kept prefixes are worth shows in that.
+
+        Each row of a batch looks at all cells in use, so prefixes that nobody comes back to make every step longer.
+        While that happens fewer are kept; one that is missed, though it was there a while ago, calls for all again.
+        """
+        is_missed = any(common_prefix(tokens, gone) >= length + MIN_MISSED for gone in self._gone)
+        if is_missed or length >= MIN_MISSED:
+            self._n_kept, self._n_in_vain = self._most_kept, 0
+            return
+        self._n_in_vain += 1
+        if self._n_in_vain % PATIENCE == 0:
+            self._n_kept = max(self._n_kept - 1, min(LEAST_KEPT, self._most_kept))
+
+    def trim(self) -> None:
+        """Give up the prefixes that are not worth keeping at the moment."""
+        while len(self._cached) > self._n_kept:
+            self._gone.append(next(iter(self._cached.values())))
+            self.evict()
 
     def make_room(self, n: int) -> bool:
         """Evict kept prefixes until `n` cells are free."""

@@ -296,6 +296,9 @@ class Scheduler:
         sequence.slot = self.kv.adopt(sequence.tokens, donor, length) if length else self.kv.lend()
         if sequence.n_generated == 0:
             sequence.n_cached = length
+            self.kv.regard(sequence.tokens, length)
+        if not self.paused:  # what is computed of these is kept, too
+            self.kv.trim()
         self.n_reused += length
         sequence.n_computed = length
         # Keep the order of arrival: a sequence that was sent back is older than those that came later.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llamacli.engine.kv import Cells, KvCache, common_prefix
+from llamacli.engine.sequence import NOTHING
 
 
 class Remembered:
@@ -128,6 +129,47 @@ def test_room_is_made_from_kept_prefixes_only() -> None:
     assert kv.make_room(6)
     assert not kv.make_room(7)
     assert kv.cells.length(running) == 4
+
+
+def answered(kv: KvCache, first: int, begins: array[int] = NOTHING) -> bool:
+    """One sequence from its beginning to its end. Whether what it begins with was there."""
+    ids = begins + tokens(*range(first, first + 40))
+    slot, length = kv.best_cached(ids)
+    lent = kv.adopt(ids, slot, length) if length else kv.lend()
+    kv.regard(ids, length)
+    kv.trim()
+    kv.extend(lent, len(ids) - length)
+    kv.keep(lent, ids)
+    return length > 0
+
+
+def test_prefixes_that_nobody_comes_back_to_are_not_kept_for_ever() -> None:
+    kv = KvCache(4000, 12, Remembered(), n_kept=8)
+    for i in range(8):
+        answered(kv, 100 * i)
+    assert kv.n_cached_slots >= 7, "each may be the beginning of a conversation"
+    for i in range(8, 40):
+        answered(kv, 100 * i)
+    assert kv.n_cached_slots == 3  # the last one has ended since
+    assert answered(kv, 3900)
+
+
+def test_who_comes_back_finds_all_of_them_again() -> None:
+    kv = KvCache(4000, 12, Remembered(), n_kept=8)
+    for i in range(40):
+        answered(kv, 100 * i)
+    assert not answered(kv, 3500), "given up meanwhile"
+    for i in range(5):
+        answered(kv, 5000 + 100 * i)
+    assert answered(kv, 3500)
+    assert all(answered(kv, 5000 + 100 * i) for i in range(5))
+
+
+def test_a_beginning_that_all_prompts_share_says_nothing() -> None:
+    kv = KvCache(4000, 12, Remembered(), n_kept=8)
+    for i in range(40):
+        answered(kv, 100 * i, begins=tokens(*range(10)))
+    assert kv.n_cached_slots == 3
 
 
 def test_giving_everything_back_leaves_nothing() -> None:
