@@ -21,7 +21,7 @@ FLOORS = [
     ["engine.lookup"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
-        *("schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
+        *("schema.keywords", "schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
     ],
     ["models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"],
     [

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from llamacli.errors import UsageError
-from llamacli.schema import numbers, text
+from llamacli.schema import keywords, numbers, text
 from llamacli.schema.gbnf import (
     IMPOSSIBLE,
     NOTHING,
@@ -30,12 +30,11 @@ from llamacli.schema.gbnf import (
     one_of,
     then,
 )
-from llamacli.schema.merging import ANNOTATIONS, NEVER, Schema, merged
+from llamacli.schema.merging import ANNOTATIONS, Schema, merged
 from llamacli.schema.values import TYPES, is_of, same, spelt
 
 T = TypeVar("T")
 MAX_DEPTH = 64  # schemas in one another
-MAX_BOUND_DIGITS = 17  # tell all float64 numbers apart
 MAX_MULTIPLES = 1000  # that are written out
 _SPACE = maybe(Text(" "))
 _ANY = ((0x01, 0xD7FF), (0xE000, 0x10FFFF))
@@ -43,20 +42,6 @@ _BEGINS_A_TEXT = ((0x01, 0x1F), (0x21, 0x7A), (0x7C, 0xD7FF), (0xE000, 0x10FFFF)
 _COMMA = then(Text(","), _SPACE)
 _COLON = then(Text(":"), _SPACE)
 _MODEL_SPACE = _SPACE  # the token with which a model likes to begin has one before it
-
-_NUMERIC = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
-_KEYWORDS = {
-    "object": frozenset({"properties", "required", "additionalProperties", "minProperties", "maxProperties"}),
-    "array": frozenset({"items", "prefixItems", "minItems", "maxItems", "uniqueItems"}),
-    "string": frozenset({"minLength", "maxLength", "pattern", "format"}),
-    "number": _NUMERIC,
-    "integer": _NUMERIC,
-    "boolean": frozenset(),
-    "null": frozenset(),
-}
-_OF_ANY_TYPE = frozenset({"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"})
-_DATA = frozenset({"const", "default", "enum", "example", "examples"})  # no schemas, whatever they look like
-_KNOWN = ANNOTATIONS.union(_OF_ANY_TYPE, *_KEYWORDS.values())
 
 
 def to_grammar(schema: Schema | bool) -> str:
@@ -143,7 +128,7 @@ class _Writer:
 
     def __init__(self, document: Any, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
-        _check_ids(document)
+        keywords.check_ids(document)
         self._document = document
         self._references: dict[str, Ref] = {}
         self._depth = 0
@@ -172,10 +157,10 @@ class _Writer:
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 return self._one_branch(schema, keyword, where)
-        _check_keywords(schema, where)
+        keywords.check_keywords(schema, where)
         if "enum" in schema or "const" in schema:
             return self._listed(schema, where)
-        nodes = [self._typed(kind, schema, where) for kind in _types_of(schema, where)]
+        nodes = [self._typed(kind, schema, where) for kind in keywords.types_of(schema, where)]
         return self.rules.add("value", either(*nodes)) if len(nodes) > 1 else nodes[0]
 
     # -- schemas that are made of schemas --
@@ -184,22 +169,22 @@ class _Writer:
         """Without allOf, and without a $ref beside other keywords: these are merged into it."""
         for _ in range(MAX_DEPTH):
             if "allOf" in schema:
-                parts = _listed_schemas(schema["allOf"], f"{where}/allOf")
+                parts = keywords.listed_schemas(schema["allOf"], f"{where}/allOf")
                 schema = {name: value for name, value in schema.items() if name != "allOf"}
                 for part in parts:
                     schema = merged(schema, part, where)
             elif "$ref" in schema and schema.keys() - ANNOTATIONS - {"$ref"}:
                 target = self._resolve(schema["$ref"], where)
                 schema = {name: value for name, value in schema.items() if name != "$ref"}
-                schema = merged(schema, _as_mapping(target, where), where)
+                schema = merged(schema, keywords.as_mapping(target, where), where)
             elif "$ref" in schema:
-                schema = _as_mapping(self._resolve(schema["$ref"], where), where)
+                schema = keywords.as_mapping(self._resolve(schema["$ref"], where), where)
             else:
                 return schema
         raise UsageError(f"{where}: $ref or allOf leads back to itself")
 
     def _one_branch(self, schema: Schema, keyword: str, where: str) -> Node:
-        branches = _listed_schemas(schema[keyword], f"{where}/{keyword}")
+        branches = keywords.listed_schemas(schema[keyword], f"{where}/{keyword}")
         base = {name: value for name, value in schema.items() if name != keyword}
         if keyword == "oneOf":
             self._check_disjoint(branches, f"{where}/oneOf")
@@ -214,7 +199,7 @@ class _Writer:
         flat = [self._flat(branch, where) for branch in branches]
         for i, one in enumerate(flat):
             for k, other in enumerate(flat[:i]):
-                if not _are_disjoint(one, other):
+                if not keywords.are_disjoint(one, other):
                     raise UsageError(f"{where}: branches {k} and {i} may both hold; say anyOf, or tell them apart")
 
     def _referred(self, pointer: Any, where: str) -> Node:
@@ -271,12 +256,12 @@ class _Writer:
             from llamacli.schema.checking import satisfies
 
             values = [value for value in values if satisfies(value, schema, where)]
-        kinds = _types_of(schema, where)
+        kinds = keywords.types_of(schema, where)
         values = [value for value in values if any(is_of(value, kind) for kind in kinds)]
         return self.rules.add("one", one_of(self.rules, [spelt(value, where) for value in values]))
 
     def _string(self, schema: Schema, where: str) -> Node:
-        shortest, longest = _counts(schema, "minLength", "maxLength", where)
+        shortest, longest = keywords.counts(schema, "minLength", "maxLength", where)
         special = [name for name in ("pattern", "format") if name in schema]
         if not special:
             return self.rules.add("string", text.any_string(self.rules, shortest, longest))
@@ -295,8 +280,8 @@ class _Writer:
             raise UsageError(f"{where}: {error}") from None
 
     def _integer(self, schema: Schema, where: str) -> Node:
-        span = _span(schema, where)
-        factor = _number(schema, "multipleOf", where)
+        span = keywords.span(schema, where)
+        factor = keywords.number_of(schema, "multipleOf", where)
         if factor is None or factor == 1:
             return self.rules.add("integer", numbers.integers(span))
         if factor <= 0 or factor != int(factor):
@@ -310,7 +295,7 @@ class _Writer:
     def _number(self, schema: Schema, where: str) -> Node:
         if "multipleOf" in schema:
             raise UsageError(f"{where}: multipleOf is supported for integers only")
-        span = _span(schema, where)
+        span = keywords.span(schema, where)
         if span != numbers.Span():
             return self.rules.add("number", numbers.decimals(span))
         digits = Many(Chars(((0x30, 0x39),)), 1, numbers.MAX_DIGITS)
@@ -320,7 +305,7 @@ class _Writer:
         return self.rules.add("number", then(maybe(Text("-")), whole, maybe(then(Text("."), digits)), maybe(power)))
 
     def _array(self, schema: Schema, where: str) -> Node:
-        fewest, most = _counts(schema, "minItems", "maxItems", where)
+        fewest, most = keywords.counts(schema, "minItems", "maxItems", where)
         if schema.get("uniqueItems") not in (None, False) and (most is None or most > 1):
             raise UsageError(f"{where}: uniqueItems is not supported")
         first = schema.get("prefixItems", [])
@@ -357,7 +342,7 @@ class _Writer:
         others = schema.get("additionalProperties", True)
         unnamed = [name for name in dict.fromkeys(required) if name not in properties]
         named = {**properties, **dict.fromkeys(unnamed, others)}
-        fewest, most = _counts(schema, "minProperties", "maxProperties", where)
+        fewest, most = keywords.counts(schema, "minProperties", "maxProperties", where)
         if not named:
             return self._map(others, fewest, most, where)
         if fewest > len(set(required)) or (most is not None and most < len(named)):
@@ -392,140 +377,3 @@ class _Writer:
 
 
 # -- what a schema says, checked ----------------------------------------------------------------------------------
-
-
-def _check_ids(document: Any) -> None:
-    """Refuse an $id below the root with a $ref within: #/... there begins at that schema and not at the document."""
-    todo: list[tuple[Any, str, bool]] = [(document, "#", False)]
-    while todo:
-        found, where, has_id = todo.pop()
-        if isinstance(found, Mapping):
-            has_id = has_id or (where != "#" and isinstance(found.get("$id"), str))
-            if has_id and isinstance(found.get("$ref"), str):
-                raise UsageError(f"{where}: a $ref below an $id that is not the whole schema's is not supported")
-            todo += [(each, f"{where}/{name}", has_id) for name, each in found.items() if name not in _DATA]
-        elif isinstance(found, list):
-            todo += [(each, f"{where}/{i}", has_id) for i, each in enumerate(found)]
-
-
-def _check_keywords(schema: Schema, where: str) -> None:
-    unknown = sorted(schema.keys() - _KNOWN)
-    if unknown:
-        raise UsageError(f"{where}: {', '.join(unknown)[:200]} not supported")
-
-
-def _types_of(schema: Schema, where: str) -> list[str]:
-    """The types that a schema allows: all of them where it names none, or those that its other keywords speak of."""
-    kinds = schema.get("type")
-    if kinds is None:
-        limited = [kind for kind in TYPES if _KEYWORDS[kind] & schema.keys()]
-        if limited and "enum" not in schema and "const" not in schema:
-            limits = ", ".join(sorted(_KEYWORDS[limited[0]] & schema.keys()))
-            if limited[0] in ("object", "array", "string") and len(limited) == 1:
-                return limited  # what everybody means who leaves it out
-            raise UsageError(f"{where}: {limits} without a type; add one")
-        return [kind for kind in TYPES if kind != "integer"]
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    for kind in kinds:
-        if kind not in TYPES:
-            raise UsageError(f"{where}: there is no type {str(kind)[:40]}")
-    if not kinds:
-        raise UsageError(f"{where}: no type is allowed")
-    return [kind for kind in dict.fromkeys(kinds) if not (kind == "integer" and "number" in kinds)]
-
-
-def _listed_schemas(value: Any, where: str) -> list[Schema]:
-    if not isinstance(value, list) or not value:
-        raise UsageError(f"{where} must be an array with at least one schema")
-    return [_as_mapping(each, where) for each in value]
-
-
-def _as_mapping(schema: Any, where: str) -> Schema:
-    if schema is True:
-        return {}
-    if schema is False:
-        return NEVER
-    if not isinstance(schema, Mapping):
-        raise UsageError(f"{where}: a schema must be an object, true or false")
-    return schema
-
-
-def _number(schema: Schema, name: str, where: str) -> Decimal | None:
-    value = schema.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"{where}: {name} must be a number")
-    number = Decimal(repr(value))
-    n_digits = numbers.MAX_DIGITS if name.startswith("exclusive") else MAX_BOUND_DIGITS
-    if not number.is_finite() or _n_digits(number) > n_digits:
-        raise UsageError(f"{where}: {name} has more than {n_digits} digits")
-    return number
-
-
-def _n_digits(number: Decimal) -> int:
-    """Before and after the point."""
-    _, _, fraction = format(number, "f").partition(".")
-    return len(str(abs(int(number)))) + len(fraction.rstrip("0"))
-
-
-def _span(schema: Schema, where: str) -> numbers.Span:
-    low, high = _number(schema, "minimum", where), _number(schema, "maximum", where)
-    above, below = _number(schema, "exclusiveMinimum", where), _number(schema, "exclusiveMaximum", where)
-    low_open = above is not None and (low is None or above >= low)
-    high_open = below is not None and (high is None or below <= high)
-    return numbers.Span(above if low_open else low, below if high_open else high, low_open, high_open)
-
-
-def _counts(schema: Schema, least: str, most: str, where: str) -> tuple[int, int | None]:
-    bounds = []
-    for name in (least, most):
-        value = schema.get(name)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise UsageError(f"{where}: {name} must be an integer, 0 or more")
-        bounds.append(value)
-    low, high = bounds[0] or 0, bounds[1]
-    if high is not None and low > high:
-        raise UsageError(f"{where}: {least} {low} is more than {most} {high}")
-    return low, high
-
-
-def _are_disjoint(a: Schema, b: Schema) -> bool:
-    """Whether certainly no value satisfies both."""
-    values, others = _values_of(a), _values_of(b)
-    if values is not None and others is not None:
-        return not any(same(one, other) for one in values for other in others)
-    kinds, other_kinds = _kinds_of(a), _kinds_of(b)
-    if not kinds & other_kinds:
-        return True
-    if kinds | other_kinds == {"object"}:
-        return _are_told_apart(a, b)
-    return False
-
-
-def _are_told_apart(a: Schema, b: Schema) -> bool:
-    """Objects that both need a property which is never the same."""
-    shared = set(a.get("required", [])) & set(b.get("required", []))
-    for name in shared:
-        one, other = a.get("properties", {}).get(name), b.get("properties", {}).get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping) and _are_disjoint(one, other):
-            return True
-    return False
-
-
-def _values_of(schema: Schema) -> list[Any] | None:
-    if "const" in schema:
-        return [schema["const"]]
-    values = schema.get("enum")
-    return values if isinstance(values, list) else None
-
-
-def _kinds_of(schema: Schema) -> set[str]:
-    """Types, with integers counted as numbers."""
-    values = _values_of(schema)
-    if values is not None:
-        return {kind for kind in TYPES if kind != "integer" and any(is_of(value, kind) for value in values)}
-    kinds = schema.get("type", list(TYPES))
-    return {"number" if kind == "integer" else kind for kind in (kinds if isinstance(kinds, list) else [kinds])}
