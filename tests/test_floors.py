@@ -38,6 +38,10 @@ FLOORS = [
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
     ["together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
+    [
+        *("documents.document", "documents.decoding", "documents.pdf", "documents.page", "documents.opening"),
+        *("documents.ignoring", "documents.folder", "documents.fetching", "documents.reading"),
+    ],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
         "server.failure",
@@ -77,7 +81,7 @@ FLOORS = [
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("batch.__init__", "commands.__init__", "testing.__init__"),
+    *("documents.__init__", "batch.__init__", "commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -96,7 +100,10 @@ HOMES = {
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],
-    "truststore": ["models.ranges"],
+    "truststore": ["models.ranges", "documents.fetching"],
+    "charset_normalizer": ["documents.decoding"],
+    "pypdf": ["documents.pdf"],
+    "trafilatura": ["documents.page"],
 }
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 

@@ -138,6 +138,7 @@ def run(
         str | None,
         typer.Argument(help="The prompt. With text on stdin: what to do with it. - reads the prompt from stdin."),
     ] = None,
+    file: options.Files = None,
     model: Model = None,
     system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt; @FILE reads a file.")] = None,
     max_tokens: Annotated[
@@ -204,6 +205,7 @@ def run(
 
     wishes = RunOptions(
         prompt=prompt,
+        files=tuple(file or ()),
         stop=tuple(stop or ()),
         raw=raw,
         as_json=as_json,

@@ -50,6 +50,15 @@ TopK = Annotated[int | None, typer.Option(help="As with run. [40]")]
 MinP = Annotated[float | None, typer.Option(help="As with run. [0]")]
 RepeatPenalty = Annotated[float | None, typer.Option(help="As with run. [1]")]
 Stops = Annotated[list[str] | None, typer.Option("--stop", help="End answers before this text. Repeatable.")]
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-f",
+        "--file",
+        metavar="PATH|URL",
+        help="Text, HTML, a PDF, a directory or a web page to ask about. Repeatable.",
+    ),
+]
 # Of the form of answers.
 Schema = Annotated[
     str | None,

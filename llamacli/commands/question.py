@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ class RunOptions:
     """What `run` wants beside the settings. `api_key` is a remote server's; repr never shows it."""
 
     prompt: str | None = None
+    files: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     raw: bool = False
     as_json: bool = False
@@ -40,10 +42,14 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What the user said: an instruction, and a document if both an argument and stdin were given."""
+    """What the user said: an instruction, and a document if there is something beside it.
+
+    files   what -f has brought, for --json
+    """
 
     instruction: str
     document: str | None = None
+    files: tuple[Mapping[str, object], ...] = ()
 
     @property
     def content(self) -> str:
@@ -56,7 +62,7 @@ class Texts:
 
 def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
     """What can be refused before anything is read or loaded."""
-    if options.prompt is None and not reads_stdin:
+    if options.prompt is None and not reads_stdin and not options.files:
         raise UsageError('nothing to answer: llamacli "your question", or pipe a text into it; --help says more')
     if options.prompt is not None and options.prompt != "-" and not options.prompt.strip():
         raise UsageError("the prompt is empty")
@@ -66,8 +72,15 @@ def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
         raise UsageError("--quiet and --verbose contradict each other")
     if any("\ud800" <= character <= "\udfff" for text in options.stop for character in text):
         raise UsageError("--stop must be text in UTF-8")
+    if options.files:
+        from llamacli.documents import reading
+
+        reading.check(options.files, is_offline=settings.offline)
+        if options.prompt == reading.STDIN in options.files:
+            raise UsageError("- as the prompt and -f - contradict each other: standard input is one or the other")
 
 
+_PLACE = "{stdin}"  # of the document, in an instruction; see prompt.with_document
 # What a server elsewhere is not told, or does not do.
 _ONLY_HERE = (
     *("model", "ctx_size", "gpu_layers", "require_gpu", "threads", "kv_type", "on_overflow", "offline", "no_cache"),
@@ -155,13 +168,48 @@ def form(options: RunOptions) -> Form | None:
     return wanted(options.schema, is_object=options.json_object, choices=options.choices)
 
 
-def read_texts(argument: str | None, reads_stdin: bool, notices: Notices) -> Texts:
+def read_texts(argument: str | None, reads_stdin: bool, notices: Notices, files: Sequence[str] = ()) -> Texts:
+    if files:
+        return _with_files(argument, reads_stdin, notices, files)
     piped = terminal.read_stdin(notices) if reads_stdin else ""
     if argument is None or argument == "-":
         if not piped.strip():
             raise UsageError("the prompt is empty: nothing came on standard input")
         return Texts(piped)
     instruction = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
-    if "{stdin}" in instruction and not piped:
-        raise UsageError("the prompt says {stdin}, but nothing came on standard input")
+    if _PLACE in instruction and not piped:
+        raise UsageError(f"the prompt says {_PLACE}, but nothing came on standard input")
     return Texts(instruction, piped or None)
+
+
+def _with_files(argument: str | None, reads_stdin: bool, notices: Notices, files: Sequence[str]) -> Texts:
+    """The files, then stdin as one more document; without an argument, stdin says what to do with them.
+
+    What is in files is asked about again sooner than what comes through a pipe: it stands in front, where what a model
+    has computed of it can be used again.
+    """
+    from llamacli.documents.document import Document, joined
+    from llamacli.documents.reading import STDIN, Reading
+
+    documents = Reading(notices, lambda: terminal.read_stdin(notices)).documents(files)
+    piped = terminal.read_stdin(notices) if reads_stdin and STDIN not in files else ""
+    if argument is None or argument == STDIN:
+        if argument == STDIN and not piped.strip():
+            raise UsageError("the prompt is empty: nothing came on standard input")
+        instruction, document = (piped, joined(documents)) if piped.strip() else (joined(documents), None)
+        return Texts(_without_place(instruction), document, tuple(each.told for each in documents))
+    instruction = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
+    if _PLACE in instruction:
+        if not piped:
+            raise UsageError(f"the prompt says {_PLACE}, but nothing came on standard input that is not -f's")
+        instruction = _without_place(instruction.replace(_PLACE, piped))
+    elif piped.strip():
+        documents.append(Document("standard input", piped, "stdin"))
+    return Texts(instruction, joined(documents), tuple(each.told for each in documents))
+
+
+def _without_place(text: str) -> str:
+    """Text that only happens to say {stdin}: it is to stay where it is."""
+    from llamacli.prompt import INVISIBLE
+
+    return text.replace(_PLACE, f"{{{INVISIBLE}stdin}}")
