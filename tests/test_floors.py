@@ -61,6 +61,7 @@ FLOORS = [
         *("server.recorder", "server.replay", "server.upstream", "server.rules", "server.replies"),
         *("server.stage", "server.rehearsal", "server.app"),
     ],
+    ["presets.preset", "presets.library"],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
     [
         *("commands.terminal", "commands.table", "commands.progress", "commands.pace"),
@@ -73,7 +74,7 @@ FLOORS = [
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
         *("commands.ready_file", "commands.rehearsal"),
-        *("commands.run", "commands.batch", "commands.models", "commands.serve"),
+        *("commands.presets", "commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
     ["commands.testing_options", "commands.keeping", "commands.app"],
     ["__main__"],
@@ -81,7 +82,7 @@ FLOORS = [
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("documents.__init__", "batch.__init__", "commands.__init__", "testing.__init__"),
+    *("documents.__init__", "presets.__init__", "batch.__init__", "commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {

@@ -11,7 +11,7 @@ import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +21,15 @@ from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCach
 from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
+if TYPE_CHECKING:
+    from llamacli.commands.presets import Asked
+
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
 RESERVED = ("chat", "embed", "tune", "bench")
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "presets", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -41,6 +44,7 @@ app = typer.Typer(
 
 class _State:
     started = 0.0
+    preset: Asked | None = None
 
 
 def door(started: float) -> None:
@@ -92,11 +96,25 @@ def leave(code: int) -> None:
 
 
 def route(arguments: list[str]) -> list[str]:
-    """Make `llamacli PROMPT` mean `llamacli run PROMPT`."""
+    """Make `llamacli PROMPT` mean `llamacli run PROMPT`, and take a preset out of it."""
     first = arguments[0] if arguments else ""
     if first in RESERVED:
         raise _reserved(first)
-    return arguments if first in COMMANDS or first in TOP_OPTIONS else ["run", *arguments]
+    if first != "run" and (first in COMMANDS or first in TOP_OPTIONS):
+        return arguments
+    rest = arguments[1:] if first == "run" else arguments
+    if any(each.startswith("@") for each in rest):
+        from llamacli.commands import presets
+
+        _State.preset, rest = presets.asked(rest, _takes_value(), directories(os.environ).presets)
+    return ["run", *rest]
+
+
+def _takes_value() -> dict[str, bool]:
+    """Every option of `run`, and whether a value follows it."""
+    group: Any = typer.main.get_command(app)
+    found = [each for each in group.commands["run"].params if each.param_type_name == "option"]
+    return {name: not each.is_flag for each in found for name in each.opts}
 
 
 def _complete_as_run(environ: MutableMapping[str, str]) -> None:
@@ -198,7 +216,7 @@ def run(
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
     verbose: Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")] = None,
 ) -> int:
-    """Answer one prompt: an argument, a text on stdin, or both."""
+    """Answer one prompt: an argument, a text on stdin, or both. `@NAME` is a preset: `llamacli presets`."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
     from llamacli.commands import run as command
     from llamacli.commands.question import RunOptions
@@ -216,7 +234,11 @@ def run(
         json_object=json_object,
         choices=choices,
     )
-    return command.run(resolved(flags), wishes, directories(os.environ), started=_State.started)
+    preset = _State.preset
+    if preset is not None:
+        wishes = preset.wishes(wishes)
+    chosen = resolved(flags, None if preset is None else preset.defaults)
+    return command.run(chosen, wishes, directories(os.environ), started=_State.started)
 
 
 @app.command(epilog="""Example: echo '{"prompt": "Tell me about llama2"}' | llamacli batch -m tiny -""")

@@ -6,6 +6,7 @@ Nothing heavy is imported to define them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated
 
@@ -14,9 +15,9 @@ import typer
 from llamacli.config import Resolved, directories, resolve
 
 
-def resolved(flags: dict[str, object]) -> Resolved:
-    """The settings under these flags, this environment and this machine's config file."""
-    return resolve(flags, os.environ, directories(os.environ).config_file)
+def resolved(flags: dict[str, object], preset: tuple[str, Mapping[str, object]] | None = None) -> Resolved:
+    """The settings under these flags, this preset (name, defaults), this environment and this machine's config file."""
+    return resolve(flags, os.environ, directories(os.environ).config_file, preset)
 
 
 def model_names(incomplete: str) -> list[str]:

@@ -14,6 +14,8 @@ from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
+    from llamacli.documents.document import Document
+    from llamacli.presets.preset import Task
     from llamacli.schema.form import Form
 
 MAX_SYSTEM = 1 << 20  # bytes
@@ -34,6 +36,7 @@ class RunOptions:
     schema: str | None = None
     json_object: bool = False
     choices: str | None = None
+    task: Task | None = None  # of a preset; the prompt is then what is said beside it
 
     @property
     def has_form(self) -> bool:
@@ -62,7 +65,10 @@ class Texts:
 
 def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
     """What can be refused before anything is read or loaded."""
-    if options.prompt is None and not reads_stdin and not options.files:
+    if options.task is not None and options.task.needs_text:
+        if options.prompt is None and not reads_stdin and not options.files:
+            raise _no_text(options.task)
+    elif options.prompt is None and not reads_stdin and not options.files and options.task is None:
         raise UsageError('nothing to answer: llamacli "your question", or pipe a text into it; --help says more')
     if options.prompt is not None and options.prompt != "-" and not options.prompt.strip():
         raise UsageError("the prompt is empty")
@@ -168,44 +174,68 @@ def form(options: RunOptions) -> Form | None:
     return wanted(options.schema, is_object=options.json_object, choices=options.choices)
 
 
-def read_texts(argument: str | None, reads_stdin: bool, notices: Notices, files: Sequence[str] = ()) -> Texts:
-    if files:
-        return _with_files(argument, reads_stdin, notices, files)
-    piped = terminal.read_stdin(notices) if reads_stdin else ""
-    if argument is None or argument == "-":
+def read_texts(options: RunOptions, reads_stdin: bool, notices: Notices) -> Texts:
+    """All that there is to read. Raises UsageError, InputTooLong and, of a web page, RemoteError."""
+    documents = _documents(options, notices)
+    is_taken = "-" in options.files
+    piped = terminal.read_stdin(notices) if reads_stdin and not is_taken else ""
+    argument = None if options.prompt == "-" else options.prompt
+    if argument is not None:
+        argument = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
+    if options.prompt == "-" and not piped.strip():
+        raise UsageError("the prompt is empty: nothing came on standard input")
+    if options.task is not None:
+        argument, piped = _tasked(options.task, argument, piped, bool(documents), notices)
+    if argument is None:
+        return _without_argument(documents, piped)
+    return _with_argument(argument, documents, piped)
+
+
+def _documents(options: RunOptions, notices: Notices) -> list[Document]:
+    if not options.files:
+        return []
+    from llamacli.documents.reading import Reading
+
+    return Reading(notices, lambda: terminal.read_stdin(notices)).documents(options.files)
+
+
+def _without_argument(documents: Sequence[Document], piped: str) -> Texts:
+    """stdin says what to do with the files; if there is only one of both, that is the prompt."""
+    if not documents:
         if not piped.strip():
             raise UsageError("the prompt is empty: nothing came on standard input")
         return Texts(piped)
-    instruction = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
-    if _PLACE in instruction and not piped:
-        raise UsageError(f"the prompt says {_PLACE}, but nothing came on standard input")
-    return Texts(instruction, piped or None)
+    instruction, document = (piped, _joined(documents)) if piped.strip() else (_joined(documents), None)
+    return Texts(_without_place(instruction), document, _told(documents))
 
 
-def _with_files(argument: str | None, reads_stdin: bool, notices: Notices, files: Sequence[str]) -> Texts:
-    """The files, then stdin as one more document; without an argument, stdin says what to do with them.
+def _with_argument(argument: str, documents: Sequence[Document], piped: str) -> Texts:
+    """The files, then stdin as one more document.
 
     What is in files is asked about again sooner than what comes through a pipe: it stands in front, where what a model
     has computed of it can be used again.
     """
-    from llamacli.documents.document import Document, joined
-    from llamacli.documents.reading import STDIN, Reading
+    if _PLACE in argument and not piped:
+        raise UsageError(f"the prompt says {_PLACE}, but nothing came on standard input")
+    if not documents:
+        return Texts(argument, piped or None)
+    if _PLACE in argument:
+        return Texts(_without_place(argument.replace(_PLACE, piped)), _joined(documents), _told(documents))
+    if piped.strip():
+        from llamacli.documents.document import Document
 
-    documents = Reading(notices, lambda: terminal.read_stdin(notices)).documents(files)
-    piped = terminal.read_stdin(notices) if reads_stdin and STDIN not in files else ""
-    if argument is None or argument == STDIN:
-        if argument == STDIN and not piped.strip():
-            raise UsageError("the prompt is empty: nothing came on standard input")
-        instruction, document = (piped, joined(documents)) if piped.strip() else (joined(documents), None)
-        return Texts(_without_place(instruction), document, tuple(each.told for each in documents))
-    instruction = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
-    if _PLACE in instruction:
-        if not piped:
-            raise UsageError(f"the prompt says {_PLACE}, but nothing came on standard input that is not -f's")
-        instruction = _without_place(instruction.replace(_PLACE, piped))
-    elif piped.strip():
-        documents.append(Document("standard input", piped, "stdin"))
-    return Texts(instruction, joined(documents), tuple(each.told for each in documents))
+        documents = [*documents, Document("standard input", piped, "stdin")]
+    return Texts(argument, _joined(documents), _told(documents))
+
+
+def _joined(documents: Sequence[Document]) -> str:
+    from llamacli.documents.document import joined
+
+    return joined(documents)
+
+
+def _told(documents: Sequence[Document]) -> tuple[Mapping[str, object], ...]:
+    return tuple(each.told for each in documents)
 
 
 def _without_place(text: str) -> str:
@@ -213,3 +243,25 @@ def _without_place(text: str) -> str:
     from llamacli.prompt import INVISIBLE
 
     return text.replace(_PLACE, f"{{{INVISIBLE}stdin}}")
+
+
+def _tasked(task: Task, argument: str | None, piped: str, has_files: bool, notices: Notices) -> tuple[str, str]:
+    """What a preset says to do, and the text that came through the pipe.
+
+    An argument is one more thing to mind; or the text itself, where one is needed and there is no other.
+    """
+    if task.note is not None:
+        notices.detail(task.note)
+    if task.needs_text and not has_files and not piped.strip():
+        if argument is None:
+            raise _no_text(task)
+        if terminal.stdin_is_pipe():
+            notices.say("nothing came on standard input: the argument is taken for the text")
+        return task.instruction, argument
+    return f"{task.instruction}\n{argument}" if argument else task.instruction, piped
+
+
+def _no_text(task: Task) -> UsageError:
+    return UsageError(
+        f"@{task.name} needs a text: pipe one in, name a file with -f, or say it, as in llamacli @{task.name} TEXT"
+    )

@@ -54,7 +54,7 @@ def _remote(
     from llamacli.commands.remote import Remote
 
     remote = Remote(resolved, options, form, notices, started=started)  # a wrong address is said before stdin is read
-    texts = question.read_texts(options.prompt, reads_stdin, notices, options.files)
+    texts = question.read_texts(options, reads_stdin, notices)
     remote.ask(texts)
     return deliver(remote, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
 
@@ -77,16 +77,18 @@ def _here(
     params = replace(params, seed=draw_seed()) if params.seed is None else params
     texts = None
     if settings.on_overflow == "map-reduce":
-        texts = question.read_texts(options.prompt, reads_stdin, notices, options.files)
+        texts = question.read_texts(options, reads_stdin, notices)
         parts = _parts(settings, options, params, form, texts, file, notices, notes, started)
         if parts is not None:
             return deliver(parts, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
     if _has_neighbours(places):
         from llamacli.commands import attach
 
-        server = attach.choose(places.run, settings, options, file, notices)
+        # What may be read in parts, but need not be, is asked as it is.
+        whole = settings if texts is None else replace(settings, on_overflow="error")
+        server = attach.choose(places.run, whole, options, file, notices)
         if server is not None:
-            texts = texts or question.read_texts(options.prompt, reads_stdin, notices, options.files)
+            texts = texts or question.read_texts(options, reads_stdin, notices)
             attached = attach.Attached(server, file, settings, params, notices, notes, texts, started=started)
             if attach.begun(attached, notices):
                 return deliver(attached, as_json=options.as_json, stream=options.stream, files=texts.files)
@@ -95,7 +97,7 @@ def _here(
 
     launch = launching.prepare(settings, file, notices.say, notes)
     local = Local(launch, params, options, notices, notes, places.prefixes, form, started=started)
-    texts = texts or question.read_texts(options.prompt, reads_stdin, notices, options.files)
+    texts = texts or question.read_texts(options, reads_stdin, notices)
     local.ask(texts)
     code = deliver(local, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
     with suppress(KeyboardInterrupt):  # the answer is there: only its prompt is not kept then
