@@ -119,6 +119,10 @@ def test_a_server_is_sent_what_was_read_here(
         same = llamacli("-v", "--temperature", "0.01", "--json", "-f", "card.txt", CITY, cwd=desk, env=attached)
         assert "answered by the running server" in same.stderr
         assert json.loads(same.stdout)["input"]["files"][0]["name"] == "card.txt"
+        task = llamacli("-v", "@summarise", "-n", "1", "-f", "card.txt", cwd=desk, env=attached)
+        assert "answered by the running server" in task.stderr, "it need not be read in parts"
+        asked = llamacli("@summarise", "--remote", server.url, "-n", "1", "-f", "card.txt", cwd=desk, env=here)
+        assert (asked.returncode, asked.stderr) == (0, "")
 
 
 def test_a_page_is_fetched_and_its_failures_are_exit_code_eight(llamacli: Run, desk: Path) -> None:
@@ -172,3 +176,5 @@ def test_where_the_extra_is_missing_its_command_is_said(
     done = llamacli("-f", name, "What?", cwd=desk, env=environment | {"PYTHONPATH": str(bare)})
     assert done.returncode == 2
     assert one_line(done.stderr).endswith("takes one thing more to read: pip install 'llamacli[documents]'")
+    there = llamacli("-n", "1", "-f", ".", "What?", cwd=desk, env=environment | {"PYTHONPATH": str(bare)})
+    assert "1 for want of pip install 'llamacli[documents]' (-v names them)" in one_line(there.stderr)

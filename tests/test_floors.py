@@ -196,6 +196,9 @@ HEAVY = {
     "asyncio",
     "fastapi",
     "sqlite3",
+    "charset_normalizer",
+    "pypdf",
+    "trafilatura",
 }
 
 
@@ -211,6 +214,7 @@ def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use() -> N
     assert "llama_cpp.llama_cpp" in loaded
     assert not loaded & {"llamacli.engine.prefixes", "llamacli.engine.prefix_store"}, "the prompt is short"
     assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
+    assert not {name for name in loaded if name.startswith(("llamacli.documents", "llamacli.presets"))}
 
 
 def test_every_error_knows_its_exit_code_and_its_http_status() -> None:

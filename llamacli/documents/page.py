@@ -6,11 +6,14 @@ import logging
 import re
 
 from llamacli.documents.document import Document
-from llamacli.documents.pdf import INSTALL
+from llamacli.documents.pdf import INSTALL, NotInstalled
 from llamacli.errors import UsageError
 
 SUFFIXES = (".html", ".htm", ".xhtml")
-_BEGINNING = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
+# A comment ends at the first -->: one that might end at any would be tried in all ways.
+_BEGINNING = re.compile(
+    r"\s*(<\?xml[^>]*>\s*)?(<!--((?!-->).)*-->\s*)*<(!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
+)
 SHORT = 300  # characters of a page in which no main part can be told from the rest
 
 
@@ -26,7 +29,7 @@ def read(html: str, name: str) -> Document:
     try:
         import trafilatura
     except ImportError:
-        raise UsageError(f"{name} is an HTML page, which takes one thing more to read: {INSTALL}") from None
+        raise NotInstalled(f"{name} is an HTML page, which takes one thing more to read: {INSTALL}") from None
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL + 1)
     if not is_page(html):  # part of one: trafilatura takes nothing for HTML that does not say so
         html = f"<html><body>{html}</body></html>"

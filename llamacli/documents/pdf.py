@@ -17,6 +17,10 @@ MAX_FILE = 256 << 20  # bytes; most of a large PDF are pictures
 MAX_PAGES = 10_000
 
 
+class NotInstalled(UsageError):
+    """The extra is missing."""
+
+
 def is_pdf(head: bytes) -> bool:
     """The header may stand anywhere in the first 1,024 bytes (PDF 32000-1:2008, Annex H.3.4.1)."""
     return b"%PDF-" in head[:1024] and b"<html" not in head[:1024].lower()
@@ -27,7 +31,7 @@ def read(raw: bytes, name: str, teller: Teller) -> Document:
     try:
         import pypdf
     except ImportError:
-        raise UsageError(f"{name} is a PDF, which takes one thing more to read: {INSTALL}") from None
+        raise NotInstalled(f"{name} is a PDF, which takes one thing more to read: {INSTALL}") from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL + 1)  # what it says of a page would stand among our lines
     try:
         reader = pypdf.PdfReader(io.BytesIO(raw))
@@ -37,7 +41,7 @@ def read(raw: bytes, name: str, teller: Teller) -> Document:
     except (LlamacliError, MemoryError):
         raise
     except pypdf.errors.DependencyError:
-        raise UsageError(f"{name} is encrypted, which takes one thing more to read: {INSTALL}") from None
+        raise NotInstalled(f"{name} is encrypted, which takes one thing more to read: {INSTALL}") from None
     except Exception as error:  # whatever a damaged file does to its reader
         said = " ".join(str(error).split())[:120]
         raise UsageError(f"{name} is damaged, or no PDF ({type(error).__name__}: {said})") from None

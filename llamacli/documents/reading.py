@@ -114,7 +114,7 @@ class Reading:
             document = self._in_file(path)
         except UsageError as error:
             self.teller.detail(str(error))
-            skip(path, "unreadable")
+            skip(path, f"for want of {pdf.INSTALL}" if isinstance(error, pdf.NotInstalled) else "unreadable")
             return None
         if not document.text.strip():
             skip(path, "empty")

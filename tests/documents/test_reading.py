@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loopback_web import LoopbackWeb
 from papers import encrypted, pdf
 
-from llamacli.documents import decoding, fetching, folder, reading
+from llamacli.documents import decoding, fetching, folder, page, reading
 from llamacli.documents.document import MAX_TEXT, Document, joined, shown
 from llamacli.documents.ignoring import Rules
 from llamacli.errors import InputTooLong, RemoteError, UsageError
@@ -360,6 +360,12 @@ def test_a_page_is_its_main_part(tmp_path: Path, told: Told) -> None:
     (tmp_path / "c.html").write_text("<html><body><script>draw()</script></body></html>")
     with pytest.raises(UsageError, match="without text"):
         read(told, tmp_path / "c.html")
+
+
+def test_what_a_page_begins_with_is_seen_at_once_whatever_comments_stand_before_it() -> None:
+    assert page.is_page("\n<?xml version='1.0'?>\n<!-- one --><!-- two -->\n<!DOCTYPE HTML><p>")
+    assert not page.is_page("<!-- --> " * 400 + "<p>")
+    assert not page.is_page("<p>the text <html>")
 
 
 # -- the web ------------------------------------------------------------------------------------------------------
