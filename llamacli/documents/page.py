@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from llamacli.documents.document import Document
+from llamacli.documents.document import Document, Teller
 from llamacli.documents.pdf import INSTALL, NotInstalled
 from llamacli.errors import UsageError
 
@@ -14,6 +14,7 @@ SUFFIXES = (".html", ".htm", ".xhtml")
 _BEGINNING = re.compile(
     r"\s*(<\?xml[^>]*>\s*)?(<!--((?!-->).)*-->\s*)*<(!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL
 )
+LARGE = 1 << 20  # characters; trafilatura's time grows with their square
 SHORT = 300  # characters of a page in which no main part can be told from the rest
 
 
@@ -21,8 +22,8 @@ def is_page(text: str) -> bool:
     return _BEGINNING.match(text[:4096]) is not None
 
 
-def read(html: str, name: str) -> Document:
-    """The text of the page's main part as Markdown; of all of it where none stands out.
+def read(html: str, name: str, teller: Teller) -> Document:
+    """The text of the page's main part as Markdown; of all of it where none stands out, or where it is large.
 
     Raises UsageError for a page that says nothing.
     """
@@ -33,7 +34,11 @@ def read(html: str, name: str) -> Document:
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL + 1)
     if not is_page(html):  # part of one: trafilatura takes nothing for HTML that does not say so
         html = f"<html><body>{html}</body></html>"
-    text = trafilatura.extract(html, output_format="markdown", favor_recall=True, include_comments=False)
+    text = None
+    if len(html) <= LARGE:
+        text = trafilatura.extract(html, output_format="markdown", favor_recall=True, include_comments=False)
+    else:
+        teller.say(f"{name} is a large page: all of its text was read, not its main part alone")
     whole = trafilatura.html2txt(html)
     if not text or len(whole) < SHORT or len(text) < len(whole) // 4:
         text = whole

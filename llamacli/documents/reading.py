@@ -128,7 +128,7 @@ class Reading:
         if decoded.doubt is not None:
             self.teller.say(f"{name} {decoded.doubt}")
         if (is_page or page.is_page(decoded.text)) and decoded.text.strip():
-            return page.read(decoded.text, name)
+            return page.read(decoded.text, name, self.teller)
         return Document(name, decoded.text.rstrip("\r\n"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -366,6 +367,14 @@ def test_what_a_page_begins_with_is_seen_at_once_whatever_comments_stand_before_
     assert page.is_page("\n<?xml version='1.0'?>\n<!-- one --><!-- two -->\n<!DOCTYPE HTML><p>")
     assert not page.is_page("<!-- --> " * 400 + "<p>")
     assert not page.is_page("<p>the text <html>")
+
+
+def test_a_large_page_does_not_take_minutes(tmp_path: Path, told: Told) -> None:
+    (tmp_path / "a.html").write_text("<html><body>" + "<p>A paragraph with <i>some</i> words.</p>\n" * 30_000)
+    began = time.process_time()
+    assert text_of(told, tmp_path / "a.html").count("A paragraph with some words.") == 30_000
+    assert time.process_time() - began < 10, "trafilatura takes more than a minute for its main part"
+    assert "large page" in told.said[0]
 
 
 # -- the web ------------------------------------------------------------------------------------------------------
