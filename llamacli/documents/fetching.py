@@ -31,9 +31,10 @@ from urllib.request import (
 )
 
 from llamacli import __version__
-from llamacli.documents.document import MAX_TEXT, check_size, shown
+from llamacli.documents.document import MAX_TEXT, Teller, check_size, shown
 from llamacli.errors import InputTooLong, LlamacliError, RemoteError, UsageError
 
+PATIENCE = 3.0  # seconds before a slow server is mentioned
 SILENCE = 20.0  # seconds without a byte
 DEADLINE = 120.0  # seconds for all of it
 MAX_PDF = 64 << 20  # bytes
@@ -67,7 +68,14 @@ def name_of(url: str) -> str:
     return shown(f"{parts.scheme}://{host}{port}{parts.path}" + ("?..." if parts.query else ""))
 
 
-def fetch(url: str, *, silence: float = SILENCE, deadline: float = DEADLINE) -> Fetched:
+def fetch(
+    url: str,
+    teller: Teller,
+    *,
+    patience: float = PATIENCE,
+    silence: float = SILENCE,
+    deadline: float = DEADLINE,
+) -> Fetched:
     """Raises UsageError for an address that is none and for what is no text, InputTooLong, and RemoteError."""
     request = Request(
         _spelt(url),
@@ -90,12 +98,21 @@ def fetch(url: str, *, silence: float = SILENCE, deadline: float = DEADLINE) -> 
     # In a thread of its own: names, handshakes and headers can be slow, too, a byte at a time.
     threading.Thread(target=work, name="fetch", daemon=True).start()
     try:
-        found = out.get(timeout=deadline)
+        found = _got(out, min(patience, deadline))
+        if found is None:
+            teller.say(f"waiting for {name}")
+            found = out.get(timeout=max(0.0, ends - monotonic()))
     except Empty:
         raise _too_slow(name, deadline) from None
     if isinstance(found, BaseException):
         raise found
     return found
+
+
+def _got(out: SimpleQueue[Fetched | BaseException], patience: float) -> Fetched | BaseException | None:
+    with suppress(Empty):
+        return out.get(timeout=patience)
+    return None
 
 
 def _fetched(request: Request, name: str, silence: float, ends: float) -> Fetched:

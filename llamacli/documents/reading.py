@@ -75,7 +75,7 @@ class Reading:
         return document
 
     def _fetched(self, url: str) -> Document:
-        fetched = fetching.fetch(url)
+        fetched = fetching.fetch(url, self.teller)
         is_page = fetched.kind in ("text/html", "application/xhtml+xml")
         return self._made(fetched.raw, fetching.name_of(url), charset=fetched.charset, is_page=is_page)
 

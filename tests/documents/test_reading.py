@@ -441,9 +441,12 @@ def test_an_address_that_serves_nothing_good_says_so(
         ("/drip-headers", 60, 0.3, "has not come within 0.3 s"),
     ],
 )
-def test_a_slow_address_is_given_up(path: str, silence: float, deadline: float, said: str, web: LoopbackWeb) -> None:
+def test_a_slow_address_is_mentioned_and_given_up(
+    path: str, silence: float, deadline: float, said: str, web: LoopbackWeb, told: Told
+) -> None:
     with pytest.raises(RemoteError, match=said):
-        fetching.fetch(web.url + path, silence=silence, deadline=deadline)
+        fetching.fetch(web.url + path, told, patience=0.1, silence=silence, deadline=deadline)
+    assert told.said == [f"waiting for {web.url}{path}"]
 
 
 @pytest.mark.parametrize(
