@@ -149,6 +149,7 @@ def test_a_page_is_fetched_and_its_failures_are_exit_code_eight(llamacli: Run, d
         (["-f", "-", "-f", "-", "Q"], "can be read once"),
         (["-f", "-", "-"], "contradict"),
         (["-f", "", "Q"], "names no file"),
+        (["-f", "card.txt", "other.txt", "Q"], "; -f takes one name: repeat it, or name the directory"),
     ],
 )
 def test_what_cannot_be_read_is_one_line_and_exit_code_two(

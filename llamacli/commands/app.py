@@ -65,13 +65,21 @@ def door(started: float) -> None:
         terminal.print_line(str(error), sys.stderr)
         code = error.exit_code
     except typer.TyperException as error:
-        terminal.print_line(f"{error.format_message()} (llamacli --help)", sys.stderr)
+        terminal.print_line(f"{error.format_message()}{_hint(sys.argv[1:])} (llamacli --help)", sys.stderr)
         code = error.exit_code
     except typer.Abort:
         code = 130
     except Exception as error:
         code = _unexpected(error)
     leave(code)
+
+
+def _hint(arguments: list[str]) -> str:
+    """What most likely went wrong where a shell has made several names of `-f *.md`."""
+    for option, name in zip(arguments, arguments[2:], strict=False):
+        if option in ("-f", "--file") and os.path.lexists(name):
+            return "; -f takes one name: repeat it, or name the directory"
+    return ""
 
 
 def _unexpected(error: Exception) -> int:
