@@ -76,7 +76,14 @@ def fetch(
     silence: float = SILENCE,
     deadline: float = DEADLINE,
 ) -> Fetched:
-    """Raises UsageError for an address that is none and for what is no text, InputTooLong, and RemoteError."""
+    """What is there. A page that sends us on is followed.
+
+    patience   seconds before the teller is told that a server is slow
+    silence    seconds without a byte after which it is given up
+    deadline   seconds for all of it
+
+    Raises UsageError for an address that is none and for what is no text, InputTooLong, and RemoteError.
+    """
     request = Request(
         _spelt(url),
         headers={

@@ -96,7 +96,7 @@ def _preset(name: str, entry: object, path: Path, source: str) -> Preset:
         source=source,
         prompt=texts["prompt"],
         description=texts.get("description", ""),
-        system=_beside(texts.get("system"), path, ("@",)),
+        system=_beside(texts.get("system"), path),
         needs_text=_switch(entry, "needs_text"),
         is_joined=entry.get("parts") == "joined",
         parameters=parameters,
@@ -148,7 +148,7 @@ def _form(entry: Mapping[str, Any], path: Path) -> tuple[str | None, str | None]
         schema = _text(schema, "schema")
         is_file = schema.startswith("@") or schema.endswith(".json") or "/" in schema
         if is_file and not schema.lstrip().startswith("{"):
-            schema = _beside(f"@{schema.removeprefix('@')}", path, ("@",))
+            schema = _beside(f"@{schema.removeprefix('@')}", path)
     if choices is not None:
         choices = [choices] if isinstance(choices, str) else _text_list(choices, "choices")
         if isinstance(entry["choices"], list) and any("," in each for each in choices):
@@ -157,11 +157,11 @@ def _form(entry: Mapping[str, Any], path: Path) -> tuple[str | None, str | None]
     return schema, choices
 
 
-def _beside(value: str | None, path: Path, marks: tuple[str, ...]) -> str | None:
-    """A file that is named relative to the presets' own."""
-    if value is None or not value.startswith(marks) or value[1:2] in ("", "~", "/"):
+def _beside(value: str | None, path: Path) -> str | None:
+    """@FILE, named relative to the presets' own."""
+    if value is None or not value.startswith("@") or value[1:2] in ("", "~", "/"):
         return value
-    return f"{value[0]}{path.parent.absolute() / value[1:]}"
+    return f"@{path.parent.absolute() / value[1:]}"
 
 
 def _parameters(table: object) -> tuple[Parameter, ...]:
