@@ -205,9 +205,9 @@ RULES: Mapping[str, Rule] = {each.name: each.metadata["rule"] for each in fields
 
 @dataclass(frozen=True)
 class Source:
-    """`detail` is the flag, the variable's name or the file's path; a default has none."""
+    """`detail` is the flag, the preset's or variable's name or the file's path; a default has none."""
 
-    kind: Literal["flag", "environment", "file", "default"]
+    kind: Literal["flag", "preset", "environment", "file", "default"]
     detail: str | None = None
 
     def __str__(self) -> str:
@@ -233,6 +233,11 @@ class Directories:
     @property
     def models(self) -> Path:
         return self.data / "models"
+
+    @property
+    def presets(self) -> Path:
+        """The user's own. See presets/library.py."""
+        return self.config / "presets.toml"
 
     @property
     def prefixes(self) -> Path:
@@ -270,14 +275,21 @@ def variable_name(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def resolve(flags: Mapping[str, object], environ: Mapping[str, str], path: Path | None) -> Resolved:
+def resolve(
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    path: Path | None,
+    preset: tuple[str, Mapping[str, object]] | None = None,
+) -> Resolved:
     """Every setting with its source. Values that lose to a stronger source are checked all the same.
+
+    preset   its name and its defaults, which are stronger than all but flags: it was asked for by name
 
     A flag that is None and a variable that is empty count as not given; a file that is absent, as empty.
     Raises UsageError for what a user wrote wrong, and TypeError for a flag that is no setting.
     """
     found: _Found = {each.name: (each.default, Source("default")) for each in fields(Settings)}
-    found |= _from_file(path) | _from_environment(environ) | _from_flags(flags)
+    found |= _from_file(path) | _from_environment(environ) | _from_preset(preset) | _from_flags(flags)
     values: dict[str, Any] = {name: value for name, (value, _) in found.items()}
     return Resolved(Settings(**values), {name: source for name, (_, source) in found.items()})
 
@@ -302,11 +314,18 @@ def _from_flags(flags: Mapping[str, object]) -> _Found:
     }
 
 
+def _from_preset(preset: tuple[str, Mapping[str, object]] | None) -> _Found:
+    name, values = preset or ("", {})
+    return {
+        key: (check(key, value, f"{key} of @{name}"), Source("preset", f"@{name}")) for key, value in values.items()
+    }
+
+
 def _from_environment(environ: Mapping[str, str]) -> _Found:
     variables = {variable_name(name): name for name in RULES}
     for variable in sorted(environ):
         if variable.startswith(PREFIX) and variable not in variables and variable not in OTHER_VARIABLES:
-            raise _unknown(f"environment variable {variable!r}", variable, [*variables, *OTHER_VARIABLES])
+            raise unknown(f"environment variable {variable!r}", variable, [*variables, *OTHER_VARIABLES])
     return {
         name: (check(name, _typed(name, environ[variable]), variable), Source("environment", variable))
         for variable, name in variables.items()
@@ -326,7 +345,7 @@ def _from_file(path: Path | None) -> _Found:
         return {}
     table = _read_toml(path)
     for key in sorted(table.keys() - RULES.keys()):
-        raise _unknown(f"setting {key!r} in {path}", key, RULES)
+        raise unknown(f"setting {key!r} in {path}", key, RULES)
     return {name: (check(name, value, f"{name} in {path}"), Source("file", str(path))) for name, value in table.items()}
 
 
@@ -337,21 +356,26 @@ def _read_toml(path: Path) -> dict[str, object]:
         return {}
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
+    return parsed_toml(raw, f"config file {path}")
+
+
+def parsed_toml(raw: bytes, what: str) -> dict[str, object]:
+    """Raises UsageError, with the line and the reason, for what is no TOML."""
     import tomllib
 
     try:
         return tomllib.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"the config file {path} is not UTF-8 (at line {line}); save it as UTF-8") from error
+        raise UsageError(f"the {what} is not UTF-8 (at line {line}); save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the config file {path} is not valid TOML: {error}") from error
+        raise UsageError(f"the {what} is not valid TOML: {error}") from error
     # int refuses more than 4,300 digits, and the parser calls itself once per bracket.
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"the config file {path} holds a number or a nesting beyond all measure") from error
+        raise UsageError(f"the {what} holds a number or a nesting beyond all measure") from error
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """Names the nearest right one. Letter case and hyphens do not count: they are what is mistaken first."""
     import difflib
 

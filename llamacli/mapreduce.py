@@ -1,7 +1,7 @@
 """One question to a text that is longer than the context: asked of each of its parts, the answers combined into one.
 
-Combined as often as it takes for them to fit. Everything but the last answer is kept to a fixed length, so that four of
-them at least always fit together.
+Combined as often as it takes for them to fit; everything but the last answer is kept to a fixed length, so that four of
+them at least always fit together. Or sewn together as they are, where an answer is as long as its text: a translation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llamacli import splitting
-from llamacli.engine.sequence import MAX_SEED, FinishReason, SamplingParams
+from llamacli.engine.sequence import MAX_SEED, Delta, FinishReason, SamplingParams, Usage
 from llamacli.errors import EngineError
 from llamacli.prompt import Message, Prompt, PromptBuilder, room_for_answer, with_document
 from llamacli.schema.form import Form
@@ -41,6 +41,23 @@ def worth_together(weights: int, cell: int, n_cells: int) -> int:
     return min(MOST, max(1, math.isqrt(weights // max(1, cell * n_cells))))
 
 
+def room_for_joined(limit: int) -> int:
+    """Tokens for an answer that may well be longer than its part: other languages take more tokens for each word."""
+    return limit * 2 // 3
+
+
+def sewn(document: str, parts: Sequence[str], answers: Sequence[str]) -> str:
+    """The answers, with as much space between two as there was between their parts: a paragraph, a line or a word."""
+    text, end = "", 0
+    for part, answer in zip(parts, answers, strict=True):
+        start = document.index(part, end)
+        gap = document[len(document[:end].rstrip()) : start]
+        between = "\n\n" if gap.count("\n") > 1 else "\n" if "\n" in gap else " " if gap else ""
+        text += (between if text else "") + answer
+        end = start + len(part)
+    return text
+
+
 @dataclass(slots=True)
 class Told:
     """What has become of it so far: the tokens are those of all prompts and answers together."""
@@ -58,6 +75,7 @@ class MapReduce:
     """One question and what it takes to ask it.
 
     at_once    parts that are computed together
+    joins      the answers follow one another, as the parts do
     begin      told of how many answers there will be in a round
     progress   told of each of them, with its tokens
     """
@@ -69,6 +87,7 @@ class MapReduce:
     params: SamplingParams
     form: Form | None = None
     at_once: int = 1
+    joins: bool = False
     begin: Callable[[int], None] = lambda n: None
     progress: Callable[[int], None] = lambda n_tokens: None
     told: Told = field(default_factory=Told)
@@ -76,6 +95,8 @@ class MapReduce:
     def answer(self, document: str) -> Iterator[Step]:
         """The steps of the last answer. Raises InputTooLong, UsageError."""
         limit = self.together.engine.n_limit
+        if self.joins:
+            return self._joined(document, limit)
         last = room_for_answer(limit, self.params.max_tokens)
         overhead = len(self._combining([""]).tokens)
         between = min(max(last, LEAST), (limit - last - overhead) // TOGETHER)
@@ -101,8 +122,22 @@ class MapReduce:
             lambda text: len(tokenizer.tokenize(text)),
             lambda part: len(self._build(part, self.instruction).tokens),
             room=room,
-            overlap=room // OVERLAP,
+            overlap=0 if self.joins else room // OVERLAP,
         )
+
+    def _joined(self, document: str, limit: int) -> Iterator[Step]:
+        """One step with all answers, when all are there."""
+        longest = room_for_joined(limit)
+        parts = self._parts(document, limit - longest)
+        self.told.n_parts = len(parts)
+        if len(parts) == 1:
+            return self._last(self._build(parts[0], self.instruction))
+        longest = min(longest, self.params.max_tokens or longest)
+        answers = self._asked([self._build(part, self.instruction) for part in parts], longest)
+        told = self.told
+        usage = Usage(told.prompt_tokens, told.completion_tokens, told.cached_tokens)
+        reason = FinishReason.LENGTH if told.n_cut else FinishReason.STOP
+        return iter([Step(None, Delta(0, sewn(document, parts, answers), None, None, reason, usage))])
 
     def _build(self, document: str, instruction: str) -> Prompt:
         messages = [Message("system", self.system)] if self.system else []

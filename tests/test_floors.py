@@ -40,6 +40,10 @@ FLOORS = [
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
     ["together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
+    [
+        *("documents.document", "documents.decoding", "documents.pdf", "documents.page", "documents.opening"),
+        *("documents.ignoring", "documents.folder", "documents.fetching", "documents.reading"),
+    ],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
         "server.failure",
@@ -59,6 +63,7 @@ FLOORS = [
         *("server.recorder", "server.replay", "server.upstream", "server.rules", "server.replies"),
         *("server.stage", "server.rehearsal", "server.app"),
     ],
+    ["presets.preset", "presets.library"],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
     [
         *("commands.terminal", "commands.table", "commands.progress", "commands.pace"),
@@ -71,7 +76,7 @@ FLOORS = [
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
         *("commands.ready_file", "commands.rehearsal"),
-        *("commands.run", "commands.batch", "commands.models", "commands.serve"),
+        *("commands.presets", "commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
     ["commands.testing_options", "commands.keeping", "commands.app"],
     ["__main__"],
@@ -79,7 +84,7 @@ FLOORS = [
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("batch.__init__", "commands.__init__", "testing.__init__"),
+    *("documents.__init__", "presets.__init__", "batch.__init__", "commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -98,7 +103,10 @@ HOMES = {
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],
-    "truststore": ["models.ranges"],
+    "truststore": ["models.ranges", "documents.fetching"],
+    "charset_normalizer": ["documents.decoding"],
+    "pypdf": ["documents.pdf"],
+    "trafilatura": ["documents.page"],
 }
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 
@@ -190,6 +198,9 @@ HEAVY = {
     "asyncio",
     "fastapi",
     "sqlite3",
+    "charset_normalizer",
+    "pypdf",
+    "trafilatura",
 }
 
 
@@ -205,6 +216,7 @@ def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use() -> N
     assert "llama_cpp.llama_cpp" in loaded
     assert not loaded & {"llamacli.engine.prefixes", "llamacli.engine.prefix_store"}, "the prompt is short"
     assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
+    assert not {name for name in loaded if name.startswith(("llamacli.documents", "llamacli.presets"))}
 
 
 def test_every_error_knows_its_exit_code_and_its_http_status() -> None:

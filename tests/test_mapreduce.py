@@ -128,6 +128,23 @@ def test_a_stdin_place_in_the_instruction_takes_each_part(together: Recorded, bu
     assert all("Before" in text and "after [/INST]" in text and "{stdin}" not in text for _, text in together.asked)
 
 
+def test_answers_that_are_joined_stand_in_the_order_of_parts_that_do_not_overlap(
+    together: Recorded, builder: PromptBuilder
+) -> None:
+    params = SamplingParams(seed=3, ignore_eos=True, max_tokens=6)
+    plan = MapReduce(together, builder, "Translate", None, params, at_once=4, joins=True)
+    (last,) = plan.answer(TEXT[:3000])
+    told = plan.told
+    asked = [text for key, text in sorted(together.asked, key=lambda each: each[0] or (0, 0))]
+    assert told.n_parts == len(asked) > 5 and told.n_rounds == 0
+    assert all(COMBINE not in text and text.rstrip().endswith("Translate [/INST]") for text in asked)
+    read = " ".join(" ".join(text.split("```")[1].split()) for text in asked)
+    assert read == " ".join(TEXT[:3000].split()), "each word once, and in order"
+    assert last.delta.text.count("\n\n") >= told.n_parts - 1
+    assert last.delta.finish_reason is FinishReason.LENGTH and told.n_cut == told.n_parts
+    assert last.delta.usage is not None and last.delta.usage.completion_tokens == 6 * told.n_parts
+
+
 def test_no_room_between_instruction_and_answer_is_refused(together: Recorded, builder: PromptBuilder) -> None:
     plan = MapReduce(together, builder, "word " * 150, None, SamplingParams(seed=3))
     with pytest.raises(InputTooLong, match="leave no room"):

@@ -32,7 +32,7 @@ def clean_environment(home: Path) -> dict[str, str]:
 def test_the_wheel_holds_the_package_and_the_tiny_model_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "llamacli/models/bundled/tiny-llama2-chat.Q8_0.gguf" in names
-    assert "llamacli/server/deploy/llamacli.service" in names
+    assert {"llamacli/server/deploy/llamacli.service", "llamacli/presets/builtin.toml"} <= set(names)
     page = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "llamacli/server/page").rglob("*.*")}
     assert "llamacli/server/page/index.html" in page and page <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llamacli"}

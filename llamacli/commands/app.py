@@ -11,7 +11,7 @@ import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +21,15 @@ from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCach
 from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
+if TYPE_CHECKING:
+    from llamacli.commands.presets import Asked
+
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
 RESERVED = ("chat", "embed", "tune", "bench")
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "presets", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -41,6 +44,7 @@ app = typer.Typer(
 
 class _State:
     started = 0.0
+    preset: Asked | None = None
 
 
 def door(started: float) -> None:
@@ -61,13 +65,21 @@ def door(started: float) -> None:
         terminal.print_line(str(error), sys.stderr)
         code = error.exit_code
     except typer.TyperException as error:
-        terminal.print_line(f"{error.format_message()} (llamacli --help)", sys.stderr)
+        terminal.print_line(f"{error.format_message()}{_hint(sys.argv[1:])} (llamacli --help)", sys.stderr)
         code = error.exit_code
     except typer.Abort:
         code = 130
     except Exception as error:
         code = _unexpected(error)
     leave(code)
+
+
+def _hint(arguments: list[str]) -> str:
+    """What most likely went wrong where a shell has made several names of `-f *.md`."""
+    for option, name in zip(arguments, arguments[2:], strict=False):
+        if option in ("-f", "--file") and os.path.lexists(name):
+            return "; -f takes one name: repeat it, or name the directory"
+    return ""
 
 
 def _unexpected(error: Exception) -> int:
@@ -92,11 +104,25 @@ def leave(code: int) -> None:
 
 
 def route(arguments: list[str]) -> list[str]:
-    """Make `llamacli PROMPT` mean `llamacli run PROMPT`."""
+    """Make `llamacli PROMPT` mean `llamacli run PROMPT`, and take a preset out of it."""
     first = arguments[0] if arguments else ""
     if first in RESERVED:
         raise _reserved(first)
-    return arguments if first in COMMANDS or first in TOP_OPTIONS else ["run", *arguments]
+    if first != "run" and (first in COMMANDS or first in TOP_OPTIONS):
+        return arguments
+    rest = arguments[1:] if first == "run" else arguments
+    if any(each.startswith("@") for each in rest):
+        from llamacli.commands import presets
+
+        _State.preset, rest = presets.asked(rest, _takes_value(), directories(os.environ).presets)
+    return ["run", *rest]
+
+
+def _takes_value() -> dict[str, bool]:
+    """Every option of `run`, and whether a value follows it."""
+    group: Any = typer.main.get_command(app)
+    found = [each for each in group.commands["run"].params if each.param_type_name == "option"]
+    return {name: not each.is_flag for each in found for name in each.opts}
 
 
 def _complete_as_run(environ: MutableMapping[str, str]) -> None:
@@ -138,6 +164,7 @@ def run(
         str | None,
         typer.Argument(help="The prompt. With text on stdin: what to do with it. - reads the prompt from stdin."),
     ] = None,
+    file: options.Files = None,
     model: Model = None,
     system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt; @FILE reads a file.")] = None,
     max_tokens: Annotated[
@@ -199,13 +226,14 @@ def run(
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="Nothing on stderr but errors.")] = None,
     verbose: Annotated[bool | None, typer.Option("-v", "--verbose", help="Say what was chosen, and why.")] = None,
 ) -> int:
-    """Answer one prompt: an argument, a text on stdin, or both."""
+    """Answer one prompt: an argument, a text on stdin, or both. `@NAME` is a preset: `llamacli presets`."""
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
     from llamacli.commands import run as command
     from llamacli.commands.question import RunOptions
 
     wishes = RunOptions(
         prompt=prompt,
+        files=tuple(file or ()),
         stop=tuple(stop or ()),
         raw=raw,
         as_json=as_json,
@@ -216,7 +244,11 @@ def run(
         json_object=json_object,
         choices=choices,
     )
-    return command.run(resolved(flags), wishes, directories(os.environ), started=_State.started)
+    preset = _State.preset
+    if preset is not None:
+        wishes = preset.wishes(wishes)
+    chosen = resolved(flags, None if preset is None else preset.defaults)
+    return command.run(chosen, wishes, directories(os.environ), started=_State.started)
 
 
 @app.command(epilog="""Example: echo '{"prompt": "Tell me about llama2"}' | llamacli batch -m tiny -""")

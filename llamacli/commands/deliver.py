@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from llamacli.commands import terminal
@@ -44,10 +44,18 @@ def say_it_was_closed(end: Delta, added: str, notices: Notices) -> int:
     return EXIT_CUT if is_cut else 0
 
 
-def deliver(source: Source, *, as_json: bool, stream: bool, form: Form | None = None) -> int:
+def deliver(
+    source: Source,
+    *,
+    as_json: bool,
+    stream: bool,
+    form: Form | None = None,
+    files: Sequence[Mapping[str, object]] = (),
+) -> int:
     """Returns the exit code. What was written when something fails stays, and gets its newline.
 
-    form   what the answer is checked against when it is there
+    form    what the answer is checked against when it is there
+    files   what -f has brought, for --json
 
     Raises SchemaError for an answer that does not have its form.
     """
@@ -67,7 +75,10 @@ def deliver(source: Source, *, as_json: bool, stream: bool, form: Form | None = 
         raise
     text = "".join(parts)
     if as_json:
-        record = json.dumps(source.record(text.rstrip("\n")), ensure_ascii=False) + "\n"
+        told = source.record(text.rstrip("\n"))
+        if files and isinstance(told["input"], dict):
+            told["input"]["files"] = list(files)
+        record = json.dumps(told, ensure_ascii=False) + "\n"
         # A path that is not UTF-8 comes out in JSON's own escapes.
         terminal.write_all(terminal.STDOUT, record.encode("utf-8", "backslashreplace"))
     else:

@@ -1,4 +1,4 @@
-"""The commands for what lies on this machine: models, keys and what they have used, computed prompts.
+"""The commands for what lies on this machine: models, presets, keys and what they have used, computed prompts.
 
 Parses and calls one function, like app.py, which takes these commands up.
 """
@@ -82,6 +82,14 @@ def verify(
     from llamacli.commands import models as command
 
     return command.verify(model, directories(os.environ), as_json=as_json, quiet=quiet)
+
+
+@app.command("presets", epilog="Example: llamacli presets")
+def list_presets(as_json: JsonArrayFlag = False) -> None:
+    """List the prompts that have a name; `llamacli @NAME --help` shows one."""
+    from llamacli.commands import presets as command
+
+    command.show_list(directories(os.environ).presets, as_json=as_json)
 
 
 keys = typer.Typer(

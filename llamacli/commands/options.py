@@ -6,6 +6,7 @@ Nothing heavy is imported to define them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated
 
@@ -14,9 +15,9 @@ import typer
 from llamacli.config import Resolved, directories, resolve
 
 
-def resolved(flags: dict[str, object]) -> Resolved:
-    """The settings under these flags, this environment and this machine's config file."""
-    return resolve(flags, os.environ, directories(os.environ).config_file)
+def resolved(flags: dict[str, object], preset: tuple[str, Mapping[str, object]] | None = None) -> Resolved:
+    """The settings under these flags, this preset (name, defaults), this environment and this machine's config file."""
+    return resolve(flags, os.environ, directories(os.environ).config_file, preset)
 
 
 def model_names(incomplete: str) -> list[str]:
@@ -50,6 +51,15 @@ TopK = Annotated[int | None, typer.Option(help="As with run. [40]")]
 MinP = Annotated[float | None, typer.Option(help="As with run. [0]")]
 RepeatPenalty = Annotated[float | None, typer.Option(help="As with run. [1]")]
 Stops = Annotated[list[str] | None, typer.Option("--stop", help="End answers before this text. Repeatable.")]
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-f",
+        "--file",
+        metavar="PATH|URL",
+        help="Text, HTML, a PDF, a directory or a web page to ask about. Repeatable.",
+    ),
+]
 # Of the form of answers.
 Schema = Annotated[
     str | None,

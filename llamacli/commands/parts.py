@@ -13,7 +13,7 @@ from time import perf_counter
 
 from llamacli import launch as launching
 from llamacli import machine
-from llamacli.commands.deliver import say_it_completes, say_it_was_closed
+from llamacli.commands.deliver import EXIT_CUT, say_it_completes, say_it_was_closed
 from llamacli.commands.local import exit_code_of
 from llamacli.commands.pace import Pace
 from llamacli.commands.question import RunOptions, Texts
@@ -23,7 +23,7 @@ from llamacli.engine.llama import open_vocabulary
 from llamacli.engine.sequence import Delta, SamplingParams
 from llamacli.errors import InputTooLong
 from llamacli.launch import Launch, ServeOptions
-from llamacli.mapreduce import MapReduce, worth_together
+from llamacli.mapreduce import MapReduce, room_for_joined, worth_together
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
 from llamacli.prompt import Format, Message, PromptBuilder, room_for_answer
@@ -38,7 +38,9 @@ def do_not_fit(launch: Launch, texts: Texts, options: RunOptions) -> bool:
     settings, limit = launch.settings, launch.n_limit
     messages = [Message("system", settings.system)] if settings.system else []
     n_tokens = len(builder.build([*messages, Message("user", texts.content)]).tokens)
-    if n_tokens <= limit - room_for_answer(limit, settings.max_tokens):
+    is_joined = options.task is not None and options.task.is_joined
+    room = room_for_joined(limit) if is_joined else room_for_answer(limit, settings.max_tokens)
+    if n_tokens <= limit - room:
         return False
     if texts.document is None or not texts.instruction.replace("{stdin}", "").strip():
         raise InputTooLong(
@@ -116,6 +118,7 @@ class _Job:
             self.params,
             self.form,
             at_once=at_once,
+            joins=self.options.task is not None and self.options.task.is_joined and self.form is None,
             begin=lambda n: self.out.put(_Round(n)),
             progress=lambda n_tokens: self.out.put(_Counted(n_tokens)),
         )
@@ -192,7 +195,8 @@ class Parts:
         if job.plan.builder.format is Format.COMPLETION:
             say_it_completes(job.launch.file.name, notices)
         rounds = "" if told.n_rounds < 2 else f" in {told.n_rounds} rounds"
-        combined = f", whose answers are combined{rounds}" if told.n_parts > 1 else ""
+        how = "follow one another" if job.plan.joins else f"are combined{rounds}"
+        combined = f", whose answers {how}" if told.n_parts > 1 else ""
         cut = f"; {told.n_cut:,} of these answers were cut to fit" if told.n_cut else ""
         parts = "1 part" if told.n_parts == 1 else f"{told.n_parts:,} parts"
         notices.say(
@@ -218,7 +222,10 @@ class Parts:
 
     def exit_code(self) -> int:
         job = self._job
-        assert self._end is not None
+        assert self._end is not None and job.plan is not None
+        if job.plan.joins and job.plan.told.n_cut:  # which _announce has said
+            is_wanted = (job.params.max_tokens or job.launch.n_limit) <= room_for_joined(job.launch.n_limit)
+            return 0 if is_wanted else EXIT_CUT
         if self._end.added:
             return say_it_was_closed(self._ending, self._end.added, job.notices)
         return exit_code_of(self._ending, job.launch, job.notices)

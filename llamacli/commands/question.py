@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from llamacli.engine.sequence import SamplingParams
 from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
+    from llamacli.documents.document import Document
+    from llamacli.presets.preset import Task
     from llamacli.schema.form import Form
 
 MAX_SYSTEM = 1 << 20  # bytes
@@ -23,6 +26,7 @@ class RunOptions:
     """What `run` wants beside the settings. `api_key` is a remote server's; repr never shows it."""
 
     prompt: str | None = None
+    files: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     raw: bool = False
     as_json: bool = False
@@ -32,6 +36,7 @@ class RunOptions:
     schema: str | None = None
     json_object: bool = False
     choices: str | None = None
+    task: Task | None = None  # of a preset; the prompt is then what is said beside it
 
     @property
     def has_form(self) -> bool:
@@ -40,10 +45,14 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What the user said: an instruction, and a document if both an argument and stdin were given."""
+    """What the user said: an instruction, and a document if there is something beside it.
+
+    files   what -f has brought, for --json
+    """
 
     instruction: str
     document: str | None = None
+    files: tuple[Mapping[str, object], ...] = ()
 
     @property
     def content(self) -> str:
@@ -56,7 +65,10 @@ class Texts:
 
 def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
     """What can be refused before anything is read or loaded."""
-    if options.prompt is None and not reads_stdin:
+    if options.task is not None and options.task.needs_text:
+        if options.prompt is None and not reads_stdin and not options.files:
+            raise _no_text(options.task)
+    elif options.prompt is None and not reads_stdin and not options.files and options.task is None:
         raise UsageError('nothing to answer: llamacli "your question", or pipe a text into it; --help says more')
     if options.prompt is not None and options.prompt != "-" and not options.prompt.strip():
         raise UsageError("the prompt is empty")
@@ -66,8 +78,15 @@ def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
         raise UsageError("--quiet and --verbose contradict each other")
     if any("\ud800" <= character <= "\udfff" for text in options.stop for character in text):
         raise UsageError("--stop must be text in UTF-8")
+    if options.files:
+        from llamacli.documents import reading
+
+        reading.check(options.files, is_offline=settings.offline)
+        if options.prompt == reading.STDIN in options.files:
+            raise UsageError("- as the prompt and -f - contradict each other: standard input is one or the other")
 
 
+_PLACE = "{stdin}"  # of the document, in an instruction; see prompt.with_document
 # What a server elsewhere is not told, or does not do.
 _ONLY_HERE = (
     *("model", "ctx_size", "gpu_layers", "require_gpu", "threads", "kv_type", "on_overflow", "offline", "no_cache"),
@@ -155,13 +174,94 @@ def form(options: RunOptions) -> Form | None:
     return wanted(options.schema, is_object=options.json_object, choices=options.choices)
 
 
-def read_texts(argument: str | None, reads_stdin: bool, notices: Notices) -> Texts:
-    piped = terminal.read_stdin(notices) if reads_stdin else ""
-    if argument is None or argument == "-":
+def read_texts(options: RunOptions, reads_stdin: bool, notices: Notices) -> Texts:
+    """All that there is to read. Raises UsageError, InputTooLong and, of a web page, RemoteError."""
+    documents = _documents(options, notices)
+    is_taken = "-" in options.files
+    piped = terminal.read_stdin(notices) if reads_stdin and not is_taken else ""
+    argument = None if options.prompt == "-" else options.prompt
+    if argument is not None:
+        argument = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
+    if options.prompt == "-" and not piped.strip():
+        raise UsageError("the prompt is empty: nothing came on standard input")
+    if options.task is not None:
+        argument, piped = _tasked(options.task, argument, piped, bool(documents), notices)
+    if argument is None:
+        return _without_argument(documents, piped)
+    return _with_argument(argument, documents, piped)
+
+
+def _documents(options: RunOptions, notices: Notices) -> list[Document]:
+    if not options.files:
+        return []
+    from llamacli.documents.reading import Reading
+
+    return Reading(notices, lambda: terminal.read_stdin(notices)).documents(options.files)
+
+
+def _without_argument(documents: Sequence[Document], piped: str) -> Texts:
+    """stdin says what to do with the files; if there is only one of both, that is the prompt."""
+    if not documents:
         if not piped.strip():
             raise UsageError("the prompt is empty: nothing came on standard input")
         return Texts(piped)
-    instruction = terminal.decoded(argument.encode("utf-8", "surrogateescape"), "the prompt", notices)
-    if "{stdin}" in instruction and not piped:
-        raise UsageError("the prompt says {stdin}, but nothing came on standard input")
-    return Texts(instruction, piped or None)
+    instruction, document = (piped, _joined(documents)) if piped.strip() else (_joined(documents), None)
+    return Texts(_without_place(instruction), document, _told(documents))
+
+
+def _with_argument(argument: str, documents: Sequence[Document], piped: str) -> Texts:
+    """The files, then stdin as one more document.
+
+    What is in files is asked about again sooner than what comes through a pipe: it stands in front, where what a model
+    has computed of it can be used again.
+    """
+    if _PLACE in argument and not piped:
+        raise UsageError(f"the prompt says {_PLACE}, but nothing came on standard input")
+    if not documents:
+        return Texts(argument, piped or None)
+    if _PLACE in argument:
+        return Texts(_without_place(argument.replace(_PLACE, piped)), _joined(documents), _told(documents))
+    if piped.strip():
+        from llamacli.documents.document import Document
+
+        documents = [*documents, Document("standard input", piped, "stdin")]
+    return Texts(argument, _joined(documents), _told(documents))
+
+
+def _joined(documents: Sequence[Document]) -> str:
+    from llamacli.documents.document import joined
+
+    return joined(documents)
+
+
+def _told(documents: Sequence[Document]) -> tuple[Mapping[str, object], ...]:
+    return tuple(each.told for each in documents)
+
+
+def _without_place(text: str) -> str:
+    """Text that only happens to say {stdin}: it is to stay where it is."""
+    from llamacli.prompt import INVISIBLE
+
+    return text.replace(_PLACE, f"{{{INVISIBLE}stdin}}")
+
+
+def _tasked(task: Task, argument: str | None, piped: str, has_files: bool, notices: Notices) -> tuple[str, str]:
+    """What a preset says to do, and the text that came through the pipe.
+
+    An argument is one more thing to mind; or the text itself, where one is needed and there is no other.
+    """
+    if task.note is not None:
+        notices.detail(task.note)
+    if task.needs_text and not has_files and not piped.strip():
+        if argument is None:
+            raise _no_text(task)
+        if terminal.stdin_is_pipe():
+            notices.say("nothing came on standard input: the argument is taken for the text")
+        return task.instruction, argument
+    return f"{task.instruction}\n{argument}" if argument else task.instruction, piped
+
+
+def _no_text(task: Task) -> UsageError:
+    return UsageError(
+        f"@{task.name} needs a text: pipe one in, name a file with -f, or say it, as in llamacli @{task.name} TEXT"
+    )

@@ -33,7 +33,7 @@ def run(resolved: Resolved, options: RunOptions, places: Directories, *, started
     """
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # stderr may go before stdout; terminal.write_all minds stdout
     notices = Notices(quiet=resolved.settings.quiet, verbose=resolved.settings.verbose)
-    reads_stdin = terminal.stdin_has_text(asked_for=options.prompt == "-")
+    reads_stdin = terminal.stdin_has_text(asked_for="-" in (options.prompt, *options.files))
     question.check(resolved.settings, options, reads_stdin)
     form = question.form(options)
     if question.asks_remote(resolved, options):
@@ -54,8 +54,9 @@ def _remote(
     from llamacli.commands.remote import Remote
 
     remote = Remote(resolved, options, form, notices, started=started)  # a wrong address is said before stdin is read
-    remote.ask(question.read_texts(options.prompt, reads_stdin, notices))
-    return deliver(remote, as_json=options.as_json, stream=options.stream, form=form)
+    texts = question.read_texts(options, reads_stdin, notices)
+    remote.ask(texts)
+    return deliver(remote, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
 
 
 def _here(
@@ -77,26 +78,29 @@ def _here(
     params = replace(params, seed=draw_seed()) if params.seed is None else params
     texts = None
     if settings.on_overflow == "map-reduce":
-        texts = question.read_texts(options.prompt, reads_stdin, notices)
+        texts = question.read_texts(options, reads_stdin, notices)
         parts = _parts(settings, options, params, form, texts, file, draft, notices, notes, started)
         if parts is not None:
-            return deliver(parts, as_json=options.as_json, stream=options.stream, form=form)
+            return deliver(parts, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
     if _has_neighbours(places):
         from llamacli.commands import attach
 
-        server = attach.choose(places.run, settings, options, file, notices)
+        # What may be read in parts, but need not be, is asked as it is.
+        whole = settings if texts is None else replace(settings, on_overflow="error")
+        server = attach.choose(places.run, whole, options, file, notices)
         if server is not None:
-            texts = question.read_texts(options.prompt, reads_stdin, notices)
+            texts = texts or question.read_texts(options, reads_stdin, notices)
             attached = attach.Attached(server, file, settings, params, notices, notes, texts, started=started)
             if attach.begun(attached, notices):
-                return deliver(attached, as_json=options.as_json, stream=options.stream)
+                return deliver(attached, as_json=options.as_json, stream=options.stream, files=texts.files)
     from llamacli import launch as launching
     from llamacli.commands.local import Local
 
     launch = launching.prepare(settings, file, notices.say, notes, draft)
     local = Local(launch, params, options, notices, notes, places.prefixes, form, started=started)
-    local.ask(texts or question.read_texts(options.prompt, reads_stdin, notices))
-    code = deliver(local, as_json=options.as_json, stream=options.stream, form=form)
+    texts = texts or question.read_texts(options, reads_stdin, notices)
+    local.ask(texts)
+    code = deliver(local, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
     with suppress(KeyboardInterrupt):  # the answer is there: only its prompt is not kept then
         local.store()
     return code

@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import stat
 import sys
 from contextlib import suppress
 from typing import TextIO
@@ -142,6 +143,11 @@ def complete_standard_streams() -> None:
 def stdin_has_text(*, asked_for: bool) -> bool:
     """Whether stdin is to be read: it is no terminal, or was asked for with "-"."""
     return asked_for or not os.isatty(STDIN)
+
+
+def stdin_is_pipe() -> bool:
+    """Whether somebody could have written into it, unlike /dev/null or a terminal."""
+    return not stat.S_ISCHR(os.fstat(STDIN).st_mode)
 
 
 def read_stdin(notices: Notices) -> str:
