@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "llamacli"
 # From the ground up. A room may import rooms on lower floors, and those on its own floor that stand before it.
 FLOORS = [
     ["errors", "__init__"],
-    ["config", "machine", "gguf_header", "gguf"],
+    ["config", "machine", "tuning", "gguf_header", "gguf"],
     ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
