@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamacli import machine, stored_prefixes
-from llamacli.config import PREFIXES, Settings
+from llamacli import machine, stored_prefixes, tuning_file
+from llamacli.config import PREFIXES, TUNING, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.errors import ResourceError, UsageError
@@ -21,6 +21,7 @@ from llamacli.models import checksum
 from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile
 from llamacli.prompt import Message, Prompt, PromptBuilder
+from llamacli.tuning import LARGEST_BATCH, USUAL_ANSWER, Chosen, ManyAnswers, OneAnswer, Rates, choose
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
-MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
+MAX_BATCH = LARGEST_BATCH
 MIN_BATCH = 32
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
@@ -67,7 +68,15 @@ class Launch:
     choices: dict[str, Choice] = field(default_factory=dict)
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
+    layers: int = 0  # on a GPU; -1 is all of them
     weights: LlamaWeights | None = None
+    rates: Rates | None = None  # what `tune` has measured of this model on this machine
+    chosen: Chosen | None = None  # by those rates
+
+    @property
+    def flash_attention(self) -> bool | None:
+        """None: as llama.cpp likes."""
+        return None if self.rates is None else self.rates.flash_attention
 
 
 def prepare(settings: Settings, file: ModelFile, notice: Notice, notes: Notes | None = None) -> Launch:
@@ -79,8 +88,10 @@ def prepare(settings: Settings, file: ModelFile, notice: Notice, notes: Notes | 
     return Launch(file, header, settings, _limit(header, settings, notice), notes)
 
 
-def load(launch: Launch, notice: Notice) -> LlamaWeights:
+def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> LlamaWeights:
     """Load the weights. Takes from 50 ms (mapped, in the page cache) to many seconds.
+
+    expected   what is to be read and written with them, where that is known already; else see settle()
 
     Raises ResourceError when they cannot fit, ModelError with llama.cpp's own reason, or UsageError where a GPU is
     required in vain.
@@ -89,12 +100,52 @@ def load(launch: Launch, notice: Notice) -> LlamaWeights:
     from llamacli.engine.llama import LlamaWeights, LoadOptions
 
     checksum.check(launch.file, launch.notes)
-    layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
     launch.max_cells = _max_cells(launch, layers)
+    _recall(launch)
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
-    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=False))
+    repack = expected is not None and launch.rates is not None and _choose_for_one(launch, expected)
+    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     return launch.weights
+
+
+def settle(launch: Launch, n_prompt: int, held: Callable[[bool], int] = lambda rewritten: 0) -> None:
+    """Choose for this prompt by what was measured. Where rewritten weights pay, load those: that takes seconds.
+
+    held   tokens of the prompt that are on the disk, computed with rewritten weights or with those of the file
+
+    The vocabulary of the weights that were loaded before stays in use, and they stay mapped.
+    """
+    from llamacli.engine.llama import LlamaWeights, LoadOptions
+
+    if launch.rates is None:
+        return
+    n_answer = max(1, min(launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt))
+    cached = (held(False), held(True)) if launch.rates.rewritten else (0, 0)
+    if _choose_for_one(launch, OneAnswer(n_prompt, n_answer, cached)):
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
+
+
+def _choose_for_one(launch: Launch, job: OneAnswer) -> bool:
+    """Choose by the rates, for a program that writes one answer. Returns whether rewritten weights pay."""
+    assert launch.rates is not None
+    n_cells = min(job.n_prompt + job.n_answer, launch.n_limit)
+    forbidden = _no_second_copy(launch, n_cells, 1, machine.memory().usable)
+    launch.chosen = choose(launch.rates, job, forbidden)
+    launch.choices["repack"] = Choice(launch.chosen.repack, launch.chosen.why["repack"])
+    return launch.chosen.repack
+
+
+def _recall(launch: Launch) -> None:
+    """Look for what was measured of this model on this machine."""
+    if launch.notes is None:
+        return
+    directory = launch.notes.cache / TUNING
+    found = tuning_file.find(directory, launch.file, launch.settings.kv_type, launch.layers, launch.notes)
+    launch.rates = found.rates
+    hint = "" if found.rates else f"; llamacli tune -m {launch.file.name} measures this machine in about a minute"
+    launch.choices["tuned"] = Choice(found.rates is not None, f"{found.why}{hint}")
 
 
 def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
@@ -114,17 +165,24 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
     # Filling the cache with zeros takes 0.25 s for every gigabyte: start small, most answers are short.
     n_answer = min(launch.settings.max_tokens or FIRST_ANSWER, FIRST_ANSWER)
     n_cells = min(n_prompt + n_answer, launch.max_cells)
-    n_batch = min(max(MIN_BATCH, n_prompt), MAX_BATCH)
-    threads, why = _threads(launch.settings)
+    if launch.rates is not None and launch.chosen is None:
+        launch.chosen = choose(launch.rates, OneAnswer(n_prompt), repack=False)
+    n_batch = min(max(MIN_BATCH, n_prompt), launch.chosen.batch if launch.chosen else MAX_BATCH)
+    threads, threads_batch = _threads(launch)
     launch.choices |= {
-        "threads": Choice(threads, why),
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     kv = launch.settings.kv_type
     options = ContextOptions(
-        n_cells=n_cells, n_batch=n_batch, threads=threads, threads_batch=threads, type_k=kv, type_v=kv
+        n_cells=n_cells,
+        n_batch=n_batch,
+        threads=threads,
+        threads_batch=threads_batch,
+        type_k=kv,
+        type_v=kv,
+        flash_attention=launch.flash_attention,
     )
     model = LlamaModel(launch.weights, options)
     return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None, prefixes=prefixes)
@@ -136,6 +194,7 @@ class ServeOptions:
 
     slots          sequences that are computed at once
     repack         rewrite the weights for this CPU; None: where that makes many sequences faster, and memory has room
+    guess          the same where nothing was measured; None: by the file's number format, and if memory has room
     is_alike       an answer is the same to the last bit whatever was asked before it: no prefix of another one is used,
                    and no step is cut by the clock
     contexts       full contexts that the cache has cells for; None: one for each slot
@@ -145,6 +204,7 @@ class ServeOptions:
 
     slots: int = 4
     repack: bool | None = None
+    guess: bool | None = None
     is_alike: bool = False
     contexts: int | None = None
     prefixes: int | None = None
@@ -218,7 +278,7 @@ def workshop(
     def encode(question: str | list[Message]) -> Prompt:
         return builder.continued(question) if isinstance(question, str) else builder.build(question)
 
-    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=_threads(launch.settings)[0])
+    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=_threads(launch)[1])
     return Workshop(engine, encode, facts, embedder, recall)
 
 
@@ -229,18 +289,20 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
 
     checksum.check(launch.file, launch.notes)
-    layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    if not options.is_alike:  # what was measured would make it another answer on another day
+        _recall(launch)
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
-    repack, why = _repack(launch, options, n_cells, n_slots, layers, usable)
-    threads, why_threads = _threads(launch.settings)
+    repack, why = _repack(launch, options, n_cells, n_slots, usable)
+    threads, threads_batch = _threads(launch)
+    n_batch = launch.chosen.batch if launch.chosen else MAX_BATCH
     step_seconds = None if options.is_alike else options.step_seconds
     launch.choices |= {
         "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
         "repack": Choice(repack, why),
-        "threads": Choice(threads, why_threads),
-        "batch": Choice(MAX_BATCH, _why_batch(step_seconds)),
+        "batch": Choice(n_batch, _why_batch(step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
@@ -248,11 +310,12 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     context = ContextOptions(
         n_cells=n_cells,
         n_slots=n_slots,
-        n_batch=MAX_BATCH,
+        n_batch=n_batch,
         threads=threads,
-        threads_batch=threads,
+        threads_batch=threads_batch,
         type_k=launch.settings.kv_type,
         type_v=launch.settings.kv_type,
+        flash_attention=launch.flash_attention,
     )
     model = LlamaModel(launch.weights, context)
     return Engine(
@@ -290,35 +353,57 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
     return n_cells
 
 
-def _repack(
-    launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, layers: int, usable: int
-) -> tuple[bool, str]:
+def _repack(launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, usable: int) -> tuple[bool, str]:
     """Whether to rewrite the weights, and why.
 
     llama.cpp reads most formats faster in an order of its own. For batches of K- and I-quants it has kernels that take
     them as they are in the file, and rewriting switches those off: prompts took twice as long then, on two CPU cores.
     """
+    forbidden = _no_second_copy(launch, n_cells, n_slots, usable)
+    if launch.rates is not None:
+        launch.chosen = choose(launch.rates, ManyAnswers(options.slots), forbidden, options.repack)
+        return launch.chosen.repack, launch.chosen.why["repack"]
     if options.repack is not None:
         return options.repack, "as set"
+    if options.guess is not None:
+        return options.guess, "prompts and full batches of most files are computed faster from the file's own order"
     kind = launch.header.main_type
     if kind.endswith("_K") or (kind.startswith("IQ") and kind != "IQ4_NL"):
         return False, f"batches are computed faster from {kind} as it is in the file"
-    # While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
-    kv = launch.settings.kv_type
-    host = memory.plan(
-        launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
-    ).host
-    if host.total + host.weights > usable:
-        return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
+    if forbidden:
+        return False, forbidden
     return True, "a server loads once; memory holds a second copy of the weights"
 
 
-def _threads(settings: Settings) -> tuple[int, str]:
-    if settings.threads:
-        return settings.threads, "as set"
-    cores = machine.usable_cores()
-    limit = "" if cores.cgroup_limit is None else f", CPU time of {cores.cgroup_limit:g}"
-    return cores.threads, f"{cores.physical} cores{limit}"
+def _no_second_copy(launch: Launch, n_cells: int, n_slots: int, usable: int) -> str:
+    """Why memory has no room for rewritten weights; empty where it has.
+
+    While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
+    """
+    kv = launch.settings.kv_type
+    host = memory.plan(
+        launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=launch.layers, n_outputs=n_slots, type_k=kv, type_v=kv
+    ).host
+    if host.total + host.weights <= usable:
+        return ""
+    return f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
+
+
+def _threads(launch: Launch) -> tuple[int, int]:
+    """Threads for a row alone and for many, noted with their reasons."""
+    if launch.settings.threads:
+        n, why = launch.settings.threads, "as set"
+    elif launch.chosen is not None:
+        chosen = launch.chosen
+        launch.choices["threads"] = Choice(chosen.threads, chosen.why["threads"])
+        launch.choices["threads_batch"] = Choice(chosen.threads_batch, chosen.why["threads_batch"])
+        return chosen.threads, chosen.threads_batch
+    else:
+        cores = machine.usable_cores()
+        limit = "" if cores.cgroup_limit is None else f", CPU time of {cores.cgroup_limit:g}"
+        n, why = cores.threads, f"{cores.physical} cores{limit}"
+    launch.choices["threads"] = Choice(n, why)
+    return n, n
 
 
 def _max_cells(launch: Launch, layers: int) -> int:

@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MARGIN = 0.05  # rewritten weights take memory twice: they must gain more than this share of the time
-TIE = 0.03  # rates that lie no further apart are equal: then fewer threads, and larger batches, are the better ones
+TIE = 0.04  # rates that lie no further apart are equal: then fewer threads, and larger batches, are the better ones
+# Share of the CPUs that other programs may take before only what is plainly better is believed: threads that have to
+# share a core say nothing about those that need not.
+BUSY, BUSY_MARGIN = 0.25, 0.25
 LARGEST_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
+ROWS = 32  # of a step that tells which threads are the best for many rows
 SMALLEST_BATCH = 64  # that is worth choosing
 USUAL_PROMPT, USUAL_ANSWER = 256, 128  # tokens, where nobody said how many
 
@@ -80,8 +84,9 @@ class Rates:
     stored      the weights in the file's own order
     rewritten   in the order that this CPU likes best; None where there is none, or no room for it: `why_not` says
     attention   None where it was not measured
-    others      CPUs' worth of time that other programs took meanwhile; None where that cannot be told
-    spread      how far the repeats of the same step lay apart, as a share of their median
+    cores       those that could be had: one thread for each is what one would take without measuring
+    others      share of the CPUs' time that other programs took meanwhile; None where that cannot be told
+    spread      how far the repeats of the same step lay apart, mostly, as a share of their median
     seconds     that measuring took
     measured    when, in ISO 8601
     """
@@ -90,10 +95,25 @@ class Rates:
     rewritten: Weights | None = None
     why_not: str = ""
     attention: Attention | None = None
+    cores: int = 0
     others: float | None = None
     spread: float = 0.0
     seconds: float = 0.0
     measured: str = ""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other programs were in the way."""
+        return self.others is not None and self.others > BUSY
+
+    @property
+    def margin(self) -> float:
+        return BUSY_MARGIN if self.is_busy else MARGIN
+
+    @property
+    def flash_attention(self) -> bool | None:
+        """False where it costs time, else None: as llama.cpp likes. The same for every job, as stored cells must be."""
+        return False if self.attention is not None and self.attention.gain < -self.margin else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,19 +164,20 @@ def choose(rates: Rates, job: OneAnswer | ManyAnswers, forbidden: str = "", repa
     else:
         why = "as set"
     weights = rates.rewritten if repack and rates.rewritten else rates.stored
-    threads, why_threads = _threads(weights.threads, "a token alone")
-    threads_batch, why_batch_threads = _threads(weights.threads_batch, "several tokens")
+    threads, why_threads = _threads(rates, weights.threads, "a token alone takes")
+    threads_batch, why_batch_threads = _threads(rates, weights.threads_batch, f"{ROWS} tokens take")
+    batch = LARGEST_BATCH if rates.is_busy else weights.batch
     return Chosen(
         repack,
         threads,
         threads_batch,
-        weights.batch,
-        _flash(rates.attention),
+        batch,
+        rates.flash_attention,
         {
             "repack": why,
             "threads": why_threads,
             "threads_batch": why_batch_threads,
-            "batch": f"measured: prompts are read at {weights.batch / weights.step(weights.batch):,.3g} tokens/s",
+            "batch": f"measured: prompts are read at {batch / weights.step(batch):,.0f} tokens/s",
             "flash_attention": _why_flash(rates.attention),
         },
     )
@@ -170,7 +191,7 @@ def _order(rates: Rates, job: OneAnswer | ManyAnswers, forbidden: str) -> tuple[
     rewritten = _cost(rates.rewritten, job, 1)
     if forbidden:
         return False, f"{forbidden}; measured: {stored.text}; rewritten for this CPU {rewritten.text}"
-    is_better = rewritten.seconds < stored.seconds * (1 - MARGIN)
+    is_better = rewritten.seconds < stored.seconds * (1 - rates.margin)
     return is_better, f"measured: {stored.text}; rewritten for this CPU {rewritten.text}"
 
 
@@ -184,7 +205,7 @@ def _cost(weights: Weights, job: OneAnswer | ManyAnswers, order: int) -> _Cost:
     if isinstance(job, ManyAnswers):
         # The prompts of all are read one after the other, and their answers written together.
         seconds = job.slots * weights.read(job.n_prompt) + job.n_answer * weights.step(job.slots)
-        return _Cost(seconds, f"{job.slots * job.n_answer / seconds:,.3g} tokens/s with {job.slots} at once")
+        return _Cost(seconds, f"{_three(job.slots * job.n_answer / seconds)} tokens/s with {job.slots} at once")
     n_read = max(1, job.n_prompt - job.cached[order])
     parts = (weights.load, weights.read(n_read), job.n_answer * weights.step(1))
     load, read, written = (f"{part:.2f} s" for part in parts)
@@ -192,15 +213,13 @@ def _cost(weights: Weights, job: OneAnswer | ManyAnswers, order: int) -> _Cost:
     return _Cost(sum(parts), text)
 
 
-def _threads(seconds: Mapping[int, float], what: str) -> tuple[int, str]:
+def _threads(rates: Rates, seconds: Mapping[int, float], what: str) -> tuple[int, str]:
     best = min(seconds.values())
     chosen = min(threads for threads, each in seconds.items() if each <= best * (1 + TIE))
     told = ", ".join(f"{1000 * each:,.3g} ms with {threads}" for threads, each in sorted(seconds.items()))
-    return chosen, f"measured: {what} takes {told}"
-
-
-def _flash(attention: Attention | None) -> bool | None:
-    return False if attention is not None and attention.gain < -MARGIN else None
+    if rates.is_busy and rates.cores and chosen != rates.cores:
+        return rates.cores, f"{rates.cores} cores; measured on a busy machine: {what} {told}"
+    return chosen, f"measured: {what} {told}"
 
 
 def _why_flash(attention: Attention | None) -> str:
@@ -208,3 +227,8 @@ def _why_flash(attention: Attention | None) -> str:
         return "not measured: as llama.cpp likes"
     verb = "saves" if attention.gain >= 0 else "costs"
     return f"measured: flash attention {verb} {abs(attention.gain):.0%} of the time after {attention.depth:,} tokens"
+
+
+def _three(number: float) -> str:
+    """About three digits, without an exponent."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

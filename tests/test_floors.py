@@ -36,7 +36,18 @@ FLOORS = [
     ["engine.prefix_file", "engine.prefix_store", "engine.prefixes"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
-    ["rates", "together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
+    [
+        "rates",
+        "together",
+        "splitting",
+        "mapreduce",
+        "stored_prefixes",
+        "tuning_file",
+        "launch",
+        "tuner",
+        "diagnosis",
+        "problems",
+    ],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
@@ -68,6 +79,7 @@ FLOORS = [
     ],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
+        "commands.tune",
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],

@@ -120,3 +120,30 @@ def test_every_choice_has_its_reason() -> None:
     why = choose(RATES, OneAnswer(14)).why
     assert set(why) == {"repack", "threads", "threads_batch", "batch", "flash_attention"}
     assert all(why.values())
+
+
+def test_on_a_busy_machine_only_what_is_plainly_better_is_believed() -> None:
+    weights = replace(STORED, threads={1: 0.1, 2: 0.11}, threads_batch={1: 1.0, 2: 5.0}, steps={1: 0.1, 64: 1, 512: 9})
+    slightly = replace(weights, steps={1: 0.085, 64: 0.85, 512: 7.6})
+    attention = Attention(depth=512, flash_read=5.0, flash_step=0.12, plain_read=5.0, plain_step=0.1)
+    quiet = Rates(weights, slightly, attention=attention, cores=2, others=0.05)
+    busy = replace(quiet, others=0.6)
+    job = ManyAnswers(1)
+    first, second = choose(quiet, job), choose(busy, job)
+    assert (first.repack, first.threads, first.threads_batch, first.batch, first.flash_attention) == (
+        True,
+        1,
+        1,
+        64,
+        False,
+    )
+    assert (second.repack, second.threads, second.threads_batch, second.batch, second.flash_attention) == (
+        False,
+        2,
+        2,
+        512,
+        None,
+    )
+    assert "busy" in second.why["threads"]
+    much = replace(weights, steps={1: 0.05, 64: 0.5, 512: 4.0})
+    assert choose(replace(busy, rewritten=much), job).repack is True

@@ -22,11 +22,11 @@ from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "embed", "tune", "bench")
+RESERVED = ("chat", "embed", "bench")
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "tune", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 

@@ -85,6 +85,7 @@ class _Job:
         fitted = _fitted(self.texts.get(), builder, self.launch)
         prompt = fitted.prompt
         began = perf_counter()
+        launching.settle(self.launch, len(prompt.tokens), lambda rewritten: self._held(prompt, rewritten))
         prefixes = stored_prefixes.expecting(self.launch, prompt.tokens, self.prefixes)
         engine = launching.start(self.launch, len(prompt.tokens), prefixes)
         load_seconds += perf_counter() - began
@@ -100,6 +101,9 @@ class _Job:
             for _ in prefixes.save(engine.kv, engine.model):
                 pass
         self.out.put(_Stored(0 if prefixes is None else prefixes.n_stored))
+
+    def _held(self, prompt: Prompt, is_rewritten: bool) -> int:
+        return stored_prefixes.held(self.launch, prompt.tokens, self.prefixes, is_rewritten=is_rewritten)
 
     def _generate_formed(self, engine: Engine, builder: PromptBuilder, prompt: Prompt, form: Form) -> None:
         from llamacli.together import Together
