@@ -216,7 +216,7 @@ def _cost(weights: Weights, job: OneAnswer | ManyAnswers, order: int) -> _Cost:
 def _threads(rates: Rates, seconds: Mapping[int, float], what: str) -> tuple[int, str]:
     best = min(seconds.values())
     chosen = min(threads for threads, each in seconds.items() if each <= best * (1 + TIE))
-    told = ", ".join(f"{1000 * each:,.3g} ms with {threads}" for threads, each in sorted(seconds.items()))
+    told = ", ".join(f"{_three(1000 * each)} ms with {threads}" for threads, each in sorted(seconds.items()))
     if rates.is_busy and rates.cores and chosen != rates.cores:
         return rates.cores, f"{rates.cores} cores; measured on a busy machine: {what} {told}"
     return chosen, f"measured: {what} {told}"

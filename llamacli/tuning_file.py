@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,17 @@ def find(directory: Path, file: ModelFile, kv_type: str, gpu_layers: int, notes:
         return Found(None, f"{error.filename} cannot be read: {error.strerror}", directory)
     except Unusable as error:
         return Found(None, f"{path} {error}", path)
+
+
+def known(directory: Path, file: ModelFile, kv_type: str, notes: Notes | None) -> Rates | None:
+    """The same for whom layers on a GPU do not matter: the rates that were measured last."""
+    found = []
+    with suppress(OSError):
+        wanted = subject(file, kv_type, 0, notes)
+        for path in entries(directory):
+            with suppress(OSError, Unusable):
+                found.append(read(path, replace(wanted, gpu_layers=read(path)[0].gpu_layers))[1])
+    return max(found, key=lambda rates: rates.measured, default=None)
 
 
 def read(path: Path, wanted: Subject | None = None) -> tuple[Subject, Rates]:

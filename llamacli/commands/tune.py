@@ -180,4 +180,4 @@ def _speed(n: int, seconds: float | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1000 * seconds:,.3g} ms"
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1000 * seconds:.{0 if seconds >= 0.1 else 2}f} ms"
