@@ -174,7 +174,7 @@ class _Tuner:
             why_not=self._why_not,
             attention=attention,
             cores=machine.usable_cores().threads,
-            others=others.share(),
+            others=others.cpus(),
             spread=round(median(self._spreads), 3) if self._spreads else 0.0,
             seconds=round(took, 1),
             measured=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -349,13 +349,12 @@ class _Others:
     def __init__(self) -> None:
         self._began = self._now()
 
-    def share(self) -> float | None:
-        """0 is an idle machine but for us; None where nobody counts."""
+    def cpus(self) -> float | None:
+        """How many they have kept busy; None where nobody counts."""
         (all_before, own_before, at), (every, own, now) = self._began, self._now()
         if all_before is None or every is None or now <= at:
             return None
-        n_cpus = max(1, machine.usable_cores().affinity)
-        return round(min(1.0, max(0.0, (every - all_before - (own - own_before)) / ((now - at) * n_cpus))), 3)
+        return round(max(0.0, (every - all_before - (own - own_before)) / (now - at)), 2)
 
     @staticmethod
     def _now() -> tuple[float | None, float, float]:

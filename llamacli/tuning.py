@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 MARGIN = 0.05  # rewritten weights take memory twice: they must gain more than this share of the time
 TIE = 0.04  # rates that lie no further apart are equal: then fewer threads, and larger batches, are the better ones
-# Share of the CPUs that other programs may take before only what is plainly better is believed: threads that have to
-# share a core say nothing about those that need not.
-BUSY, BUSY_MARGIN = 0.25, 0.25
+# CPUs that other programs may keep busy before only what is plainly better is believed: threads that have to share a
+# core say nothing about those that need not, and all threads wait for the slowest.
+BUSY, BUSY_MARGIN = 0.4, 0.25
 LARGEST_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
 ROWS = 32  # of a step that tells which threads are the best for many rows
 SMALLEST_BATCH = 64  # that is worth choosing
@@ -85,7 +85,7 @@ class Rates:
     rewritten   in the order that this CPU likes best; None where there is none, or no room for it: `why_not` says
     attention   None where it was not measured
     cores       those that could be had: one thread for each is what one would take without measuring
-    others      share of the CPUs' time that other programs took meanwhile; None where that cannot be told
+    others      CPUs that other programs kept busy meanwhile; None where that cannot be told
     spread      how far the repeats of the same step lay apart, mostly, as a share of their median
     seconds     that measuring took
     measured    when, in ISO 8601

@@ -26,7 +26,7 @@ from llamacli.models.notes import Notes
 from llamacli.tuning import ROWS, USUAL_ANSWER, USUAL_PROMPT, ManyAnswers, OneAnswer, Rates, Weights, choose
 from llamacli.tuning_file import Subject
 
-BUSY = 0.1  # share of the CPUs that others may take before it is said,
+BUSY = 0.2  # CPUs that others may keep busy before it is said,
 UNSTEADY = 0.5  # and of their median by which repeats may differ
 JOBS: dict[str, OneAnswer | ManyAnswers] = {
     "run": OneAnswer(USUAL_PROMPT, USUAL_ANSWER),
@@ -89,7 +89,7 @@ def warnings(rates: Rates) -> Iterator[str]:
     """What makes the numbers doubtful."""
     again = "llamacli tune again when it is quiet"
     if rates.others is not None and rates.others > BUSY:
-        yield f"warning: other programs took {rates.others:.0%} of the CPUs meanwhile, which makes all slower; {again}"
+        yield f"warning: other programs kept {rates.others:.1f} CPUs busy meanwhile, which makes all slower; {again}"
     elif rates.spread > UNSTEADY:
         yield f"warning: repeats of a step differ by {rates.spread:.0%}: the machine was busy, or throttled; {again}"
     if rates.rewritten is None:
