@@ -72,11 +72,7 @@ class Launch:
     weights: LlamaWeights | None = None
     rates: Rates | None = None  # what `tune` has measured of this model on this machine
     chosen: Chosen | None = None  # by those rates
-
-    @property
-    def flash_attention(self) -> bool | None:
-        """None: as llama.cpp likes."""
-        return None if self.rates is None else self.rates.flash_attention
+    flash_attention: bool | None = None  # as llama.cpp likes
 
 
 def prepare(settings: Settings, file: ModelFile, notice: Notice, notes: Notes | None = None) -> Launch:
@@ -103,6 +99,7 @@ def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> L
     layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
     launch.max_cells = _max_cells(launch, layers)
     _recall(launch)
+    launch.flash_attention = launch.rates.flash_attention if launch.rates else None
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
     repack = expected is not None and launch.rates is not None and _choose_for_one(launch, expected)
@@ -315,7 +312,6 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         threads_batch=threads_batch,
         type_k=launch.settings.kv_type,
         type_v=launch.settings.kv_type,
-        flash_attention=launch.flash_attention,
     )
     model = LlamaModel(launch.weights, context)
     return Engine(

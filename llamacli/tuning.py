@@ -112,7 +112,10 @@ class Rates:
 
     @property
     def flash_attention(self) -> bool | None:
-        """False where it costs time, else None: as llama.cpp likes. The same for every job, as stored cells must be."""
+        """False where it costs time, else None: as llama.cpp likes. For one answer: many at once were not measured.
+
+        The same for every one of them, because cells on the disk are of use for their own kind of attention only.
+        """
         return False if self.attention is not None and self.attention.gain < -self.margin else None
 
 
@@ -172,13 +175,13 @@ def choose(rates: Rates, job: OneAnswer | ManyAnswers, forbidden: str = "", repa
         threads,
         threads_batch,
         batch,
-        rates.flash_attention,
+        rates.flash_attention if isinstance(job, OneAnswer) else None,
         {
             "repack": why,
             "threads": why_threads,
             "threads_batch": why_batch_threads,
             "batch": f"measured: prompts are read at {batch / weights.step(batch):,.0f} tokens/s",
-            "flash_attention": _why_flash(rates.attention),
+            "flash_attention": _why_flash(rates.attention if isinstance(job, OneAnswer) else None),
         },
     )
 

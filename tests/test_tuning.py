@@ -113,6 +113,7 @@ def test_flash_attention_is_left_where_it_costs_time(step: float, flash_attentio
     attention = Attention(depth=512, flash_read=5.0, flash_step=step, plain_read=5.0, plain_step=0.1)
     chosen = choose(Rates(STORED, attention=attention), OneAnswer(14))
     assert chosen.flash_attention is flash_attention
+    assert choose(Rates(STORED, attention=attention), ManyAnswers(4)).flash_attention is None, "that was not measured"
     assert "after 512 tokens" in chosen.why["flash_attention"]
 
 
@@ -128,7 +129,7 @@ def test_on_a_busy_machine_only_what_is_plainly_better_is_believed() -> None:
     attention = Attention(depth=512, flash_read=5.0, flash_step=0.12, plain_read=5.0, plain_step=0.1)
     quiet = Rates(weights, slightly, attention=attention, cores=2, others=0.05)
     busy = replace(quiet, others=0.6)
-    job = ManyAnswers(1)
+    job = OneAnswer(1, 100)
     first, second = choose(quiet, job), choose(busy, job)
     assert (first.repack, first.threads, first.threads_batch, first.batch, first.flash_attention) == (
         True,
