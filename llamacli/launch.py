@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamacli import machine, stored_prefixes, tuning_file
-from llamacli.config import PREFIXES, TUNING, Settings
+from llamacli import choices, machine, stored_prefixes
+from llamacli.choices import Choice as Choice
+from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.errors import ResourceError, UsageError
@@ -21,7 +22,6 @@ from llamacli.models import checksum
 from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile
 from llamacli.prompt import Message, Prompt, PromptBuilder
-from llamacli.tuning import LARGEST_BATCH, USUAL_ANSWER, Chosen, ManyAnswers, OneAnswer, Rates, choose
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from llamacli.engine.prefixes import Prefixes
     from llamacli.engine.protocol import Recipe
     from llamacli.engine.worker import Workshop
+    from llamacli.tuning import Chosen, OneAnswer, Rates
 
 FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
-MAX_BATCH = LARGEST_BATCH
+MAX_BATCH = memory.MAX_ROWS
 MIN_BATCH = 32
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
@@ -46,14 +47,6 @@ GPU_BUILD = (
 BACKENDS = {"nvidia": "CUDA", "amd": "HIP", "intel": "VULKAN", "apple": "METAL"}
 
 Notice = Callable[[str], None]  # one line for the user, on stderr
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A setting that was chosen for this machine and this job."""
-
-    value: object
-    why: str
 
 
 @dataclass(slots=True)
@@ -98,11 +91,11 @@ def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> L
     checksum.check(launch.file, launch.notes)
     layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
     launch.max_cells = _max_cells(launch, layers)
-    _recall(launch)
+    choices.recall(launch)
     launch.flash_attention = launch.rates.flash_attention if launch.rates else None
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
-    repack = expected is not None and launch.rates is not None and _choose_for_one(launch, expected)
+    repack = expected is not None and launch.rates is not None and choices.pays_for_one(launch, expected)
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     return launch.weights
 
@@ -114,35 +107,15 @@ def settle(launch: Launch, n_prompt: int, held: Callable[[bool], int] = lambda r
 
     The vocabulary of the weights that were loaded before stays in use, and they stay mapped.
     """
-    from llamacli.engine.llama import LlamaWeights, LoadOptions
-
     if launch.rates is None:
         return
+    from llamacli.engine.llama import LlamaWeights, LoadOptions
+    from llamacli.tuning import USUAL_ANSWER, OneAnswer
+
     n_answer = max(1, min(launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt))
     cached = (held(False), held(True)) if launch.rates.rewritten else (0, 0)
-    if _choose_for_one(launch, OneAnswer(n_prompt, n_answer, cached)):
+    if choices.pays_for_one(launch, OneAnswer(n_prompt, n_answer, cached)):
         launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
-
-
-def _choose_for_one(launch: Launch, job: OneAnswer) -> bool:
-    """Choose by the rates, for a program that writes one answer. Returns whether rewritten weights pay."""
-    assert launch.rates is not None
-    n_cells = min(job.n_prompt + job.n_answer, launch.n_limit)
-    forbidden = _no_second_copy(launch, n_cells, 1, machine.memory().usable)
-    launch.chosen = choose(launch.rates, job, forbidden)
-    launch.choices["repack"] = Choice(launch.chosen.repack, launch.chosen.why["repack"])
-    return launch.chosen.repack
-
-
-def _recall(launch: Launch) -> None:
-    """Look for what was measured of this model on this machine."""
-    if launch.notes is None:
-        return
-    directory = launch.notes.cache / TUNING
-    found = tuning_file.find(directory, launch.file, launch.settings.kv_type, launch.layers, launch.notes)
-    launch.rates = found.rates
-    hint = "" if found.rates else f"; llamacli tune -m {launch.file.name} measures this machine in about a minute"
-    launch.choices["tuned"] = Choice(found.rates is not None, f"{found.why}{hint}")
 
 
 def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
@@ -163,9 +136,11 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
     n_answer = min(launch.settings.max_tokens or FIRST_ANSWER, FIRST_ANSWER)
     n_cells = min(n_prompt + n_answer, launch.max_cells)
     if launch.rates is not None and launch.chosen is None:
+        from llamacli.tuning import OneAnswer, choose
+
         launch.chosen = choose(launch.rates, OneAnswer(n_prompt), repack=False)
     n_batch = min(max(MIN_BATCH, n_prompt), launch.chosen.batch if launch.chosen else MAX_BATCH)
-    threads, threads_batch = _threads(launch)
+    threads, threads_batch = choices.threads(launch)
     launch.choices |= {
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
@@ -275,7 +250,7 @@ def workshop(
     def encode(question: str | list[Message]) -> Prompt:
         return builder.continued(question) if isinstance(question, str) else builder.build(question)
 
-    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=_threads(launch)[1])
+    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=choices.threads(launch)[1])
     return Workshop(engine, encode, facts, embedder, recall)
 
 
@@ -288,12 +263,12 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     checksum.check(launch.file, launch.notes)
     layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
     if not options.is_alike:  # what was measured would make it another answer on another day
-        _recall(launch)
+        choices.recall(launch)
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
-    repack, why = _repack(launch, options, n_cells, n_slots, usable)
-    threads, threads_batch = _threads(launch)
+    repack, why = choices.pays_for_many(launch, options, n_cells, n_slots, usable)
+    threads, threads_batch = choices.threads(launch)
     n_batch = launch.chosen.batch if launch.chosen else MAX_BATCH
     step_seconds = None if options.is_alike else options.step_seconds
     launch.choices |= {
@@ -347,59 +322,6 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
         launch.choices["context_limit"] = Choice(n_cells, room)
         launch.n_limit = n_cells
     return n_cells
-
-
-def _repack(launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, usable: int) -> tuple[bool, str]:
-    """Whether to rewrite the weights, and why.
-
-    llama.cpp reads most formats faster in an order of its own. For batches of K- and I-quants it has kernels that take
-    them as they are in the file, and rewriting switches those off: prompts took twice as long then, on two CPU cores.
-    """
-    forbidden = _no_second_copy(launch, n_cells, n_slots, usable)
-    if launch.rates is not None:
-        launch.chosen = choose(launch.rates, ManyAnswers(options.slots), forbidden, options.repack)
-        return launch.chosen.repack, launch.chosen.why["repack"]
-    if options.repack is not None:
-        return options.repack, "as set"
-    if options.guess is not None:
-        return options.guess, "prompts and full batches of most files are computed faster from the file's own order"
-    kind = launch.header.main_type
-    if kind.endswith("_K") or (kind.startswith("IQ") and kind != "IQ4_NL"):
-        return False, f"batches are computed faster from {kind} as it is in the file"
-    if forbidden:
-        return False, forbidden
-    return True, "a server loads once; memory holds a second copy of the weights"
-
-
-def _no_second_copy(launch: Launch, n_cells: int, n_slots: int, usable: int) -> str:
-    """Why memory has no room for rewritten weights; empty where it has.
-
-    While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
-    """
-    kv = launch.settings.kv_type
-    host = memory.plan(
-        launch.header, n_cells, n_ubatch=MAX_BATCH, gpu_layers=launch.layers, n_outputs=n_slots, type_k=kv, type_v=kv
-    ).host
-    if host.total + host.weights <= usable:
-        return ""
-    return f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
-
-
-def _threads(launch: Launch) -> tuple[int, int]:
-    """Threads for a row alone and for many, noted with their reasons."""
-    if launch.settings.threads:
-        n, why = launch.settings.threads, "as set"
-    elif launch.chosen is not None:
-        chosen = launch.chosen
-        launch.choices["threads"] = Choice(chosen.threads, chosen.why["threads"])
-        launch.choices["threads_batch"] = Choice(chosen.threads_batch, chosen.why["threads_batch"])
-        return chosen.threads, chosen.threads_batch
-    else:
-        cores = machine.usable_cores()
-        limit = "" if cores.cgroup_limit is None else f", CPU time of {cores.cgroup_limit:g}"
-        n, why = cores.threads, f"{cores.physical} cores{limit}"
-    launch.choices["threads"] = Choice(n, why)
-    return n, n
 
 
 def _max_cells(launch: Launch, layers: int) -> int:

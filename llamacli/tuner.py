@@ -25,14 +25,14 @@ from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, Load
 from llamacli.launch import Launch, Notice
 from llamacli.models import checksum
 from llamacli.rates import Meter, Timing
-from llamacli.tuning import LARGEST_BATCH, ROWS, Attention, Rates, Weights
+from llamacli.tuning import ROWS, Attention, Rates, Weights
 
 SECONDS = 60.0  # that it is to take
 STREAMS = (2, 4, 8, 16)  # rows of a step that writes several answers
 DEPTH = 16  # tokens before each of them
 LONG = (64, 128, 256, 512)  # rows of a step that reads a prompt,
 SIZES = (LONG, (128, 256), (128,), (64,))  # of which a large model gets fewer
-N_CELLS = LARGEST_BATCH + memory.CELLS
+N_CELLS = memory.MAX_ROWS + memory.CELLS
 N_SLOTS = STREAMS[-1]
 SAMPLE_SECONDS = 0.02  # a step that is shorter is repeated for so long
 MAX_ROUNDS = 7
@@ -187,7 +187,7 @@ class _Tuner:
         return memory.plan(
             self._launch.header,
             N_CELLS,
-            n_ubatch=LARGEST_BATCH,
+            n_ubatch=memory.MAX_ROWS,
             gpu_layers=self._layers,
             n_outputs=N_SLOTS,
             type_k=kv,
@@ -227,7 +227,7 @@ class _Tuner:
         return ContextOptions(
             n_cells=N_CELLS,
             n_slots=N_SLOTS,
-            n_batch=LARGEST_BATCH,
+            n_batch=memory.MAX_ROWS,
             threads=threads,
             threads_batch=threads,
             type_k=kv,

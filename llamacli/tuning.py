@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llamacli.engine.memory import MAX_ROWS
+
 MARGIN = 0.05  # rewritten weights take memory twice: they must gain more than this share of the time
 TIE = 0.04  # rates that lie no further apart are equal: then fewer threads, and larger batches, are the better ones
 # CPUs that other programs may keep busy before only what is plainly better is believed: threads that have to share a
 # core say nothing about those that need not, and all threads wait for the slowest.
 BUSY, BUSY_MARGIN = 0.4, 0.25
-LARGEST_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
 ROWS = 32  # of a step that tells which threads are the best for many rows
 SMALLEST_BATCH = 64  # that is worth choosing
 USUAL_PROMPT, USUAL_ANSWER = 256, 128  # tokens, where nobody said how many
@@ -51,8 +52,8 @@ class Weights:
     @property
     def batch(self) -> int:
         """Rows of a step with which a long prompt is read the fastest."""
-        sizes = [rows for rows in self.steps if SMALLEST_BATCH <= rows < LARGEST_BATCH]
-        by_size = {rows: self.step(rows) / rows for rows in (*sizes, LARGEST_BATCH)}
+        sizes = [rows for rows in self.steps if SMALLEST_BATCH <= rows < MAX_ROWS]
+        by_size = {rows: self.step(rows) / rows for rows in (*sizes, MAX_ROWS)}
         best = min(by_size.values())
         return max(rows for rows, seconds in by_size.items() if seconds <= best * (1 + TIE))
 
@@ -169,7 +170,7 @@ def choose(rates: Rates, job: OneAnswer | ManyAnswers, forbidden: str = "", repa
     weights = rates.rewritten if repack and rates.rewritten else rates.stored
     threads, why_threads = _threads(rates, weights.threads, "a token alone takes")
     threads_batch, why_batch_threads = _threads(rates, weights.threads_batch, f"{ROWS} tokens take")
-    batch = LARGEST_BATCH if rates.is_busy else weights.batch
+    batch = MAX_ROWS if rates.is_busy else weights.batch
     return Chosen(
         repack,
         threads,
