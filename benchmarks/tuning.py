@@ -38,6 +38,7 @@ from llamacli.tuning import OneAnswer, Rates, Weights, choose
 N_READ, N_WRITTEN = 512, 128
 N_CTX = 1024
 READING, WRITING = "reading", "writing"
+SMALL = 100 << 20  # bytes of a model of which long prompts are read in no time
 WORD = "la"  # its likeliest continuation does not end
 
 
@@ -83,7 +84,7 @@ def _tuned(launch: Launch) -> Rates:
 
 
 def _speeds(given: Inputs, rates: Rates) -> list[Row]:
-    n_read, n_written = (256, 32) if given.is_large else (N_READ, 256)
+    n_read, n_written = (256, 32) if given.path.stat().st_size > SMALL else (N_READ, 256)
     work = Work(path=given.path, threads=1, n_ctx=N_CTX, n_prefill=n_read, n_decode=n_written)
     best = _best_of_llama_bench(given, work)
     with ExitStack() as stack:
@@ -133,27 +134,39 @@ def _our_speed(engine: OurEngine, work: Work, task: str) -> float:
 
 
 def _best_of_llama_bench(given: Inputs, work: Work) -> dict[str, Setting]:
-    """The best of each task, of all combinations that llama-bench can be told, each tried once."""
+    """The best of each task. Each combination is tried once, and other sizes of batches with the best of those."""
     threads = ",".join(map(str, tuner.thread_counts(machine.usable_cores())))
-    grid = ("--repack", "0,1", "-t", threads, "-fa", "on,off", "-ub", "128,256,512")
-    print(f"llama-bench: trying {' '.join(grid)}", file=sys.stderr, flush=True)
-    tried = _run_llama_bench(given, (*grid, "-p", str(work.n_prefill), "-n", "0"))
-    # The rows of a batch are no matter to one that has a single row.
-    tried += _run_llama_bench(given, (*grid[:-2], "-p", "0", "-n", str(work.n_decode)))
-    best: dict[str, Setting] = {}
-    for test in tried:
-        task, speed = WRITING if test["n_gen"] else READING, float(test["avg_ts"])
-        attention = {"1": "on", "0": "off"}.get(str(int(test["flash_attn"])), "auto")
-        repack, n_threads, rows = int(test["repack"]), int(test["n_threads"]), int(test["n_ubatch"])
-        options = ("--repack", str(repack), "-t", str(n_threads), "-fa", attention, "-ub", str(rows))
-        if task not in best or speed > best[task].speed:
-            best[task] = Setting(" ".join(options), speed, options)
+    grid = ("--repack", "0,1", "-t", threads, "-fa", "on,off")
+    best = {}
+    for task in (READING, WRITING):
+        best[task] = _best(given, work, task, grid)
+    # A step of one row does not care how many a batch may have.
+    best[READING] = max(
+        best[READING],
+        _best(given, work, READING, (*best[READING].options[:-2], "-ub", "128,256")),
+        key=lambda setting: setting.speed,
+    )
     return best
 
 
+def _best(given: Inputs, work: Work, task: str, options: Sequence[str]) -> Setting:
+    print(f"llama-bench, {task}: trying {' '.join(options)}", file=sys.stderr, flush=True)
+    settings = []
+    for test in _run_llama_bench(given, (*options, *_counts(work, task))):
+        attention = "off" if int(test["flash_attn"]) == 0 else "on"
+        told: tuple[str, ...] = ("--repack", str(int(test["repack"])), "-t", str(test["n_threads"]), "-fa", attention)
+        told = (*told, "-ub", str(test["n_ubatch"]))
+        settings.append(Setting(" ".join(told), float(test["avg_ts"]), told))
+    return max(settings, key=lambda setting: setting.speed)
+
+
+def _counts(work: Work, task: str) -> tuple[str, ...]:
+    n_read, n_written = (work.n_prefill, 0) if task == READING else (0, work.n_decode)
+    return "-p", str(n_read), "-n", str(n_written)
+
+
 def _bench_speed(given: Inputs, work: Work, task: str, setting: Setting) -> float:
-    counts = ("-p", str(work.n_prefill), "-n", "0") if task == READING else ("-p", "0", "-n", str(work.n_decode))
-    (test,) = _run_llama_bench(given, (*setting.options, *counts))
+    (test,) = _run_llama_bench(given, (*setting.options, *_counts(work, task)))
     return float(test["avg_ts"])
 
 
