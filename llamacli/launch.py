@@ -100,10 +100,16 @@ def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> L
     return launch.weights
 
 
-def settle(launch: Launch, n_prompt: int, held: Callable[[bool], int] = lambda rewritten: 0) -> None:
+def settle(
+    launch: Launch,
+    n_prompt: int,
+    n_answer: int | None = None,
+    held: Callable[[bool], int] = lambda rewritten: 0,
+) -> None:
     """Choose for this prompt by what was measured. Where rewritten weights pay, load those: that takes seconds.
 
-    held   tokens of the prompt that are on the disk, computed with rewritten weights or with those of the file
+    n_answer   tokens that will be written; None: as many as the settings allow, or what is usual
+    held       tokens of the prompt that are on the disk, computed with rewritten weights or with those of the file
 
     The vocabulary of the weights that were loaded before stays in use, and they stay mapped.
     """
@@ -112,9 +118,9 @@ def settle(launch: Launch, n_prompt: int, held: Callable[[bool], int] = lambda r
     from llamacli.engine.llama import LlamaWeights, LoadOptions
     from llamacli.tuning import USUAL_ANSWER, OneAnswer
 
-    n_answer = max(1, min(launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt))
+    n_answer = min(n_answer or launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt)
     cached = (held(False), held(True)) if launch.rates.rewritten else (0, 0)
-    if choices.pays_for_one(launch, OneAnswer(n_prompt, n_answer, cached)):
+    if choices.pays_for_one(launch, OneAnswer(n_prompt, max(1, n_answer), cached)):
         launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
 
 

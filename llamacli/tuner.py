@@ -37,7 +37,7 @@ N_SLOTS = STREAMS[-1]
 SAMPLE_SECONDS = 0.02  # a step that is shorter is repeated for so long
 MAX_ROUNDS = 7
 MAX_LOADS = 3
-HOPELESS = (1.6, 1.3, 1.15)  # times the best median: who is slower drops out after the first round, the second, ...
+HOPELESS = (2.5, 1.4, 1.15)  # times the best median: who is slower drops out after the first round, the second, ...
 
 Report = Callable[[float, str], None]  # which share is done, and what comes now
 Sides = Mapping[tuple[int, int], Callable[[], float]]
@@ -118,11 +118,12 @@ class _Side:
 
         return sample
 
-    def fastest(self, seconds: Mapping[int, float]) -> int:
-        return min(seconds, key=lambda threads: seconds[threads])
-
     def result(self) -> Weights:
         return Weights(self.load, self.threads, self.threads_batch, dict(sorted(self.steps.items())))
+
+
+def _fastest(seconds: Mapping[int, float]) -> int:
+    return min(seconds, key=lambda threads: seconds[threads])
 
 
 def measure(launch: Launch, notice: Notice, report: Report, *, usable: int | None = None) -> Rates:
@@ -275,15 +276,13 @@ class _Tuner:
 
     def _streams(self, sides: Sequence[_Side]) -> None:
         steps = {
-            (i, rows): side.step(rows, side.fastest(side.threads_batch))
-            for i, side in enumerate(sides)
-            for rows in STREAMS
+            (i, rows): side.step(rows, _fastest(side.threads_batch)) for i, side in enumerate(sides) for rows in STREAMS
         }
         self._keep(sides, self._race(steps, 0.4, 0.15, "several answers at once"))
 
     def _reading(self, sides: Sequence[_Side]) -> None:
         steps = {
-            (i, rows): side.read(rows, side.fastest(side.threads_batch))
+            (i, rows): side.read(rows, _fastest(side.threads_batch))
             for i, side in enumerate(sides)
             for rows in self._sizes(sum(side.steps[ROWS] / ROWS for side in sides))
         }
@@ -303,7 +302,7 @@ class _Tuner:
         model = LlamaModel(stored.weights, self._context(flash_attention=False))
         plain = Meter(model)
         for each in (stored.model, model):
-            each.set_threads(stored.fastest(stored.threads), stored.fastest(stored.threads_batch))
+            each.set_threads(_fastest(stored.threads), _fastest(stored.threads_batch))
 
         def read(meter: Meter) -> float:
             return meter.prefill(depth, repeats=1).median

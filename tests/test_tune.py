@@ -79,6 +79,13 @@ def test_the_reason_names_the_numbers_that_were_measured(llamacli: Run, tuning: 
     assert "16 at once" in served_choices(tuning, ServeOptions(slots=16))["repack"].why
 
 
+def test_an_answer_that_is_one_of_some_words_is_short_whatever_it_may_take(llamacli: Run, tuning: Path) -> None:
+    keep(tuning, replace(A, rewritten=replace(A.rewritten or SLOW, load=30.0)))
+    assert settings_of(llamacli, "-n", "100", "hi")["repack"]["value"] is True
+    settings = settings_of(llamacli, "-n", "100", "--choices", "yes,no", "hi")
+    assert settings["repack"]["value"] is False and " 8 written " in settings["repack"]["why"]
+
+
 def test_what_is_set_wins_over_what_was_measured(llamacli: Run, tuning: Path) -> None:
     keep(tuning, A)
     assert settings_of(llamacli, "-n", "2", "--threads", "1", "hi")["threads"] == {"value": 1, "why": "as set"}

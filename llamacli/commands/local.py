@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from llamacli.engine.engine import Engine
     from llamacli.schema.form import Form
 
+CHOICE = 8  # tokens of an answer that is one of some texts, about
+
 
 @dataclass(frozen=True, slots=True)
 class _Started:
@@ -85,7 +87,8 @@ class _Job:
         fitted = _fitted(self.texts.get(), builder, self.launch)
         prompt = fitted.prompt
         began = perf_counter()
-        launching.settle(self.launch, len(prompt.tokens), lambda rewritten: self._held(prompt, rewritten))
+        n_answer = CHOICE if self.form is not None and self.form.choices else None
+        launching.settle(self.launch, len(prompt.tokens), n_answer, lambda rewritten: self._held(prompt, rewritten))
         prefixes = stored_prefixes.expecting(self.launch, prompt.tokens, self.prefixes)
         engine = launching.start(self.launch, len(prompt.tokens), prefixes)
         load_seconds += perf_counter() - began
