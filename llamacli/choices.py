@@ -33,8 +33,13 @@ def recall(launch: Launch) -> None:
         found = tuning_file.find(directory, launch.file, launch.settings.kv_type, launch.layers, launch.notes)
         launch.rates, why = found.rates, found.why
     if launch.rates is None:
-        why += f"; llamacli tune -m {launch.file.name} measures this machine in about a minute"
+        why += f"; {how_to_tune(launch)} measures this machine in about a minute"
     launch.choices["tuned"] = Choice(launch.rates is not None, why)
+
+
+def how_to_tune(launch: Launch) -> str:
+    kv = launch.settings.kv_type
+    return f"llamacli tune -m {launch.file.name}" + (f" --kv-type {kv}" if kv != "f16" else "")
 
 
 def pays_for_one(launch: Launch, job: OneAnswer) -> bool:

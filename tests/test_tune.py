@@ -101,7 +101,8 @@ def test_a_deterministic_server_does_not_depend_on_what_was_measured(tuning: Pat
 def test_an_untuned_machine_is_told_how_to_tune_it_with_v_alone(llamacli: Run, tuning: Path) -> None:
     assert llamacli("-n", "1", "hi").stderr == ""
     shown = llamacli("-v", "-n", "1", "hi").stderr
-    assert shown.count("llamacli tune -m tiny") == 1
+    assert shown.count("llamacli tune -m tiny measures") == 1
+    assert "llamacli tune -m tiny --kv-type q8_0" in llamacli("-v", "--kv-type", "q8_0", "-n", "1", "hi").stderr
     assert "repack = False (a single answer" in shown, "what was chosen before there was anything measured"
     assert not tuning.exists()
 

@@ -13,6 +13,7 @@ from queue import SimpleQueue
 
 from llamacli import launch as launching
 from llamacli import machine, tuning_file
+from llamacli.choices import how_to_tune
 from llamacli.commands import table
 from llamacli.commands.obtain import models_in, obtain
 from llamacli.commands.progress import Stages
@@ -65,7 +66,7 @@ def show(settings: Settings, places: Directories, *, as_json: bool) -> int:
     layers = launching.place(launch, gpu_devices(), machine.gpus(), lambda _: None)
     found = tuning_file.find(places.tuning, file, settings.kv_type, layers, notes)
     if found.rates is None:
-        raise UsageError(f"{file.name} is not tuned for this machine ({found.why}): llamacli tune -m {file.name}")
+        raise UsageError(f"{file.name} is not tuned for this machine ({found.why}): {how_to_tune(launch)}")
     about, rates = tuning_file.read(found.path)
     _print(about, rates, as_json=as_json)
     for line in warnings(rates):
