@@ -114,18 +114,21 @@ def test_a_damaged_file_is_said_with_v_and_is_not_used(llamacli: Run, tuning: Pa
     assert shown.returncode == 0 and "is damaged; llamacli tune -m tiny" in shown.stderr
 
 
-def test_prefixes_on_disk_are_found_again_without_flash_attention(llamacli: Run, tuning: Path) -> None:
-    keep(tuning, replace(A, attention=Attention(64, 1.0, 9.0, 1.0, 1.0)))
+def test_prefixes_on_disk_are_of_use_for_their_own_kind_of_attention_only(llamacli: Run, tuning: Path) -> None:
     document = "Llama 2 is a family of open large language models. " * 12
-    cached = []
-    for _ in range(2):
+
+    def n_cached() -> int:
         done = llamacli("--json", "--temperature", "0", "-n", "4", "Who made it?", input=document)
         assert done.returncode == 0, done.stderr
-        cached.append(json.loads(done.stdout)["usage"]["cached_tokens"])
-    assert cached[0] == 0 and cached[1] > 100
+        found: int = json.loads(done.stdout)["usage"]["cached_tokens"]
+        return found
+
+    keep(tuning, replace(A, attention=Attention(64, 1.0, 9.0, 1.0, 1.0)))  # that is: better without the flash
+    assert n_cached() == 0
+    assert n_cached() > 100
     tuning_file.clear(tuning)
-    done = llamacli("--json", "--temperature", "0", "-n", "4", "Who made it?", input=document)
-    assert json.loads(done.stdout)["usage"]["cached_tokens"] == 0, "the cells of another attention are not for this one"
+    assert n_cached() == 0
+    assert n_cached() > 100, "what the other kind left there is not in its way"
 
 
 def test_what_is_stored_of_a_prompt_counts_when_the_order_of_the_weights_is_chosen(llamacli: Run, tuning: Path) -> None:
