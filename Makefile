@@ -32,6 +32,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.startup --model "$$MODEL"
 	$(BIN)/python -m benchmarks.throughput --model "$$MODEL"
+	$(BIN)/python -m benchmarks.tuning --model "$$MODEL"
 	$(BIN)/python -m benchmarks.serving --model "$$MODEL"
 	$(BIN)/python -m benchmarks.prefixes --model "$$MODEL"
 	$(BIN)/python -m benchmarks.transfer

@@ -86,8 +86,11 @@ class TimedModel:
 
 
 class OurEngine:
-    def __init__(self, weights: LlamaWeights, work: Work, *, n_slots: int = 1) -> None:
-        options = ContextOptions(
+    def __init__(
+        self, weights: LlamaWeights, work: Work, *, n_slots: int = 1, options: ContextOptions | None = None
+    ) -> None:
+        """options   in place of those that the work and the slots make"""
+        options = options or ContextOptions(
             n_cells=work.n_ctx,
             n_slots=n_slots,
             n_batch=N_BATCH,

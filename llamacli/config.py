@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llamacli.errors import UsageError
 
 PREFIX = "LLAMACLI_"
-PREFIXES = "prefixes"  # in the cache directory
+PREFIXES, TUNING = "prefixes", "tuning"  # in the cache directory
 # Variables of ours that are no settings: one says where the config file is, the others are secrets.
 OTHER_VARIABLES = ("LLAMACLI_HOME", "LLAMACLI_API_KEY", "LLAMACLI_UPSTREAM_KEY")
 
@@ -243,6 +243,11 @@ class Directories:
     def prefixes(self) -> Path:
         """Where computed prefixes are. See engine/prefix_store.py."""
         return self.cache / PREFIXES
+
+    @property
+    def tuning(self) -> Path:
+        """Where measured rates are. See tuning_file.py."""
+        return self.cache / TUNING
 
     @property
     def run(self) -> Path:

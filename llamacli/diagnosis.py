@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamacli import __version__, launch, machine
-from llamacli.config import directories, resolve
+from llamacli import __version__, launch, machine, tuning_file
+from llamacli.config import TUNING, directories, resolve
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION, bindings, installed_version
 from llamacli.engine.devices import Device, backends, build_features, gpu_devices
@@ -28,6 +28,7 @@ from llamacli.errors import EngineError, LlamacliError, ModelError, ResourceErro
 from llamacli.gguf import Header, read_model
 from llamacli.machine import Gpu
 from llamacli.models import checksum, store
+from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile, Places
 
 # Llama 2 in Q4_K_M: bytes of the file, and of one token's keys and values in f16.
@@ -64,6 +65,7 @@ class Configuration:
     is_model_chosen: bool
     threads: int | None
     require_gpu: bool
+    kv_type: str = "f16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +148,13 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Models:
+    """`default_tuned` is when the default model was measured here with `tune`; None: it was not."""
+
     directory: Path
     files: tuple[Model, ...]
     default_problem: ModelError | None = None
     directory_problem: str | None = None
+    default_tuned: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +193,7 @@ def examine(environ: Mapping[str, str], root: Path = machine.ROOT) -> Diagnosis:
         gpus=gpus,
         threads=read_threads(machine.usable_cores(root), configuration, environ),
         memory=room,
-        models=read_models(Places(places.models, store.hub_cache(environ)), configuration, room, gpus),
+        models=read_models(Places(places.models, store.hub_cache(environ)), configuration, room, gpus, places.cache),
         disk=read_disk(places.data),
     )
 
@@ -221,6 +226,7 @@ def read_configuration(environ: Mapping[str, str], file: Path) -> Configuration:
         is_model_chosen=resolved.sources["model"].kind != "default",
         threads=resolved.settings.threads,
         require_gpu=resolved.settings.require_gpu,
+        kv_type=resolved.settings.kv_type,
     )
 
 
@@ -311,7 +317,9 @@ def read_memory(memory: machine.Memory, gpus: Gpus) -> Memory:
     return Memory(memory.total, memory.available, memory.cgroup_limit, memory.usable, fits)
 
 
-def read_models(places: Places, configuration: Configuration, room: Memory, gpus: Gpus) -> Models:
+def read_models(
+    places: Places, configuration: Configuration, room: Memory, gpus: Gpus, cache: Path | None = None
+) -> Models:
     directory = places.models
     default: ModelFile | None = None
     default_problem = directory_problem = None
@@ -332,7 +340,10 @@ def read_models(places: Places, configuration: Configuration, room: Memory, gpus
         for file in files
         if not _LATER_SHARD.fullmatch(file.path.stem)
     ]
-    return Models(directory, tuple(models), default_problem, directory_problem)
+    rates = None
+    if default is not None and cache is not None:
+        rates = tuning_file.known(cache / TUNING, default, configuration.kv_type, Notes(cache))
+    return Models(directory, tuple(models), default_problem, directory_problem, rates.measured if rates else None)
 
 
 def read_file(file: ModelFile, usable: int, gpus: Gpus, *, is_default: bool = False) -> Model:

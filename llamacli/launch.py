@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamacli import machine, stored_prefixes
+from llamacli import choices, guessing, machine, stored_prefixes
+from llamacli.choices import Choice as Choice
 from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
-from llamacli.errors import ModelError, ResourceError, UsageError
+from llamacli.errors import ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.machine import Gpu
 from llamacli.models import checksum
@@ -24,20 +25,19 @@ from llamacli.prompt import Message, Prompt, PromptBuilder
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
-    from llamacli.engine.draft_model import DraftModel
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
     from llamacli.engine.prefixes import Prefixes
     from llamacli.engine.protocol import Recipe
     from llamacli.engine.speculation import Speculation
     from llamacli.engine.worker import Workshop
+    from llamacli.tuning import Chosen, OneAnswer, Rates
 
 FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
-MAX_BATCH = 512  # rows of a step: more costs memory and gains nothing on a CPU
+MAX_BATCH = memory.MAX_ROWS
+MAX_GUESSED = memory.MAX_GUESSED
 MIN_BATCH = 32
-DRAFT_CONTEXTS = 4
-MAX_GUESSED = 24  # rows of a step for guessed tokens, all sequences together
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
@@ -49,22 +49,6 @@ GPU_BUILD = (
 BACKENDS = {"nvidia": "CUDA", "amd": "HIP", "intel": "VULKAN", "apple": "METAL"}
 
 Notice = Callable[[str], None]  # one line for the user, on stderr
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A setting that was chosen for this machine and this job."""
-
-    value: object
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """The smaller model that is to write ahead."""
-
-    file: ModelFile
-    header: Header
 
 
 @dataclass(slots=True)
@@ -79,9 +63,13 @@ class Launch:
     choices: dict[str, Choice] = field(default_factory=dict)
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
+    layers: int = 0  # on a GPU; -1 is all of them
     weights: LlamaWeights | None = None
-    draft: Draft | None = None
+    draft: guessing.Draft | None = None
     speculation: Speculation | None = None
+    rates: Rates | None = None  # what `tune` has measured of this model on this machine
+    chosen: Chosen | None = None  # by those rates
+    flash_attention: bool | None = None  # as llama.cpp likes
 
     @property
     def guesses(self) -> dict[str, int] | None:
@@ -106,21 +94,14 @@ def prepare(
     header = read_model(file.path)
     launch = Launch(file, header, settings, _limit(header, settings, notice), notes)
     if draft is not None:
-        launch.draft = Draft(draft, _of_one_vocabulary(read_model(draft.path), header))
+        launch.draft = guessing.draft_of(draft, header)
     return launch
 
 
-def _of_one_vocabulary(draft: Header, header: Header) -> Header:
-    if draft.vocabulary != header.vocabulary:
-        raise ModelError(
-            f"{draft.path.name} cannot write ahead for {header.path.name}: its vocabulary is another one. "
-            "Choose a --draft-model of the same family"
-        )
-    return draft
-
-
-def load(launch: Launch, notice: Notice) -> LlamaWeights:
+def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> LlamaWeights:
     """Load the weights. Takes from 50 ms (mapped, in the page cache) to many seconds.
+
+    expected   what is to be read and written with them, where that is known already; else see settle()
 
     Raises ResourceError when they cannot fit, ModelError with llama.cpp's own reason, or UsageError where a GPU is
     required in vain.
@@ -129,12 +110,39 @@ def load(launch: Launch, notice: Notice) -> LlamaWeights:
     from llamacli.engine.llama import LlamaWeights, LoadOptions
 
     checksum.check(launch.file, launch.notes)
-    layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
     launch.max_cells = _max_cells(launch, layers)
+    choices.recall(launch)
+    launch.flash_attention = launch.rates.flash_attention if launch.rates else None
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
-    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=False))
+    repack = expected is not None and launch.rates is not None and choices.pays_for_one(launch, expected)
+    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     return launch.weights
+
+
+def settle(
+    launch: Launch,
+    n_prompt: int,
+    n_answer: int | None = None,
+    held: Callable[[bool], int] = lambda rewritten: 0,
+) -> None:
+    """Choose for this prompt by what was measured. Where rewritten weights pay, load those: that takes seconds.
+
+    n_answer   tokens that will be written; None: as many as the settings allow, or what is usual
+    held       tokens of the prompt that are on the disk, computed with rewritten weights or with those of the file
+
+    The vocabulary of the weights that were loaded before stays in use, and they stay mapped.
+    """
+    if launch.rates is None:
+        return
+    from llamacli.engine.llama import LlamaWeights, LoadOptions
+    from llamacli.tuning import USUAL_ANSWER, OneAnswer
+
+    n_answer = min(n_answer or launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt)
+    cached = (held(False), held(True)) if launch.rates.rewritten else (0, 0)
+    if choices.pays_for_one(launch, OneAnswer(n_prompt, max(1, n_answer), cached)):
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
 
 
 def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
@@ -154,23 +162,27 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
     # Filling the cache with zeros takes 0.25 s for every gigabyte: start small, most answers are short.
     n_answer = min(launch.settings.max_tokens or FIRST_ANSWER, FIRST_ANSWER)
     n_cells = min(n_prompt + n_answer, launch.max_cells)
-    n_batch = min(max(MIN_BATCH, n_prompt), MAX_BATCH)
-    threads, why = _threads(launch.settings)
+    if launch.rates is not None and launch.chosen is None:
+        from llamacli.tuning import OneAnswer, choose
+
+        launch.chosen = choose(launch.rates, OneAnswer(n_prompt), repack=False)
+    n_batch = min(max(MIN_BATCH, n_prompt), launch.chosen.batch if launch.chosen else MAX_BATCH)
+    threads, threads_batch = choices.threads(launch)
     launch.choices |= {
-        "threads": Choice(threads, why),
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
         "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    speculation = _speculation(launch, n_slots=1, learns=False)
+    speculation = guessing.speculation(launch, n_slots=1, learns=False)
     kv = launch.settings.kv_type
     options = ContextOptions(
         n_cells=n_cells,
         n_batch=n_batch,
         threads=threads,
-        threads_batch=threads,
+        threads_batch=threads_batch,
         type_k=kv,
         type_v=kv,
+        flash_attention=launch.flash_attention,
         n_guessed=0 if speculation is None else MAX_GUESSED,
     )
     return Engine(
@@ -183,68 +195,13 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
     )
 
 
-def _speculation(launch: Launch, *, n_slots: int, learns: bool, is_alike: bool = False) -> Speculation | None:
-    """What guesses tokens, if anything is to.
-
-    learns     from the time that steps take, for answers that need not be repeatable
-    is_alike   an answer is the same to the last bit whatever is computed beside it
-    """
-    if launch.settings.no_speculation or is_alike:
-        why = "an answer must not depend on its company" if is_alike else "--no-speculation"
-        launch.choices["speculation"] = Choice("off", why)
-        return None
-    from llamacli.engine.speculation import ON_CPU, ON_GPU, Speculation, StepCosts
-
-    names, why = "prompt lookup", "guesses from the text so far"
-    draft_model = None
-    if launch.draft is not None:
-        draft_model = _draft_model(launch, launch.draft, n_slots)
-        names, why = "prompt lookup, draft model", f"{why} and from {launch.draft.file.name}"
-    launch.choices["speculation"] = Choice(names, f"{why}; steps are timed" if learns else why)
-    costs = StepCosts(ON_CPU if launch.device == "CPU" else ON_GPU, learns=learns)
-    launch.speculation = Speculation(costs, draft_model)
-    return launch.speculation
-
-
-def _draft_model(launch: Launch, draft: Draft, n_slots: int) -> DraftModel:
-    from llamacli.engine.draft_model import DraftModel
-    from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
-
-    checksum.check(draft.file, launch.notes)
-    layers = 0 if launch.device == "CPU" else -1
-    threads, _ = _threads(launch.settings)
-    options = ContextOptions(
-        n_cells=_draft_cells(launch, draft, n_slots),
-        n_slots=n_slots,
-        n_batch=MAX_BATCH,
-        threads=threads,
-        threads_batch=threads,
-    )
-    model = LlamaModel(LlamaWeights(draft.file.path, LoadOptions(gpu_layers=layers)), options)
-    # Both read all their weights for a token: that is what a step of one row takes.
-    return DraftModel(model, cost=draft.header.weight_bytes / launch.header.weight_bytes)
-
-
-def _draft_cells(launch: Launch, draft: Draft, n_slots: int) -> int:
-    """A few full contexts: who finds none does without guesses."""
-    limit = min(launch.n_limit, draft.header.context_length or launch.n_limit)
-    return -(-limit * min(n_slots, DRAFT_CONTEXTS) // memory.CELLS) * memory.CELLS
-
-
-def _draft_bytes(launch: Launch, n_slots: int) -> int:
-    """What the smaller model takes of the machine's memory."""
-    if launch.draft is None:
-        return 0
-    n_cells = _draft_cells(launch, launch.draft, n_slots)
-    return memory.plan(launch.draft.header, n_cells, n_ubatch=MAX_BATCH, n_outputs=n_slots).host.total
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """What a server wants of its engine beside the settings.
 
     slots          sequences that are computed at once
     repack         rewrite the weights for this CPU; None: where that makes many sequences faster, and memory has room
+    guess          the same where nothing was measured; None: by the file's number format, and if memory has room
     is_alike       an answer is the same to the last bit whatever was asked before it: no prefix of another one is used,
                    and no step is cut by the clock
     contexts       full contexts that the cache has cells for; None: one for each slot
@@ -254,6 +211,7 @@ class ServeOptions:
 
     slots: int = 4
     repack: bool | None = None
+    guess: bool | None = None
     is_alike: bool = False
     contexts: int | None = None
     prefixes: int | None = None
@@ -345,7 +303,7 @@ def workshop(
     def encode(question: str | list[Message]) -> Prompt:
         return builder.continued(question) if isinstance(question, str) else builder.build(question)
 
-    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=_threads(launch.settings)[0])
+    embedder = Embedder(launch.weights, limit=engine.n_limit, threads=choices.threads(launch)[1])
     return Workshop(engine, encode, facts, embedder, recall)
 
 
@@ -356,30 +314,32 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
 
     checksum.check(launch.file, launch.notes)
-    layers = place(launch, gpu_devices(), machine.gpus(), notice)
-    usable -= _draft_bytes(launch, options.slots)
+    layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
+    if not options.is_alike:  # what was measured would make it another answer on another day
+        choices.recall(launch)
+    usable -= guessing.draft_bytes(launch, options.slots)
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
-    repack, why = _repack(launch, options, n_cells, n_slots, layers, usable)
-    threads, why_threads = _threads(launch.settings)
+    repack, why = choices.pays_for_many(launch, options, n_cells, n_slots, usable)
+    threads, threads_batch = choices.threads(launch)
+    n_batch = launch.chosen.batch if launch.chosen else MAX_BATCH
     step_seconds = None if options.is_alike else options.step_seconds
     launch.choices |= {
         "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
         "repack": Choice(repack, why),
-        "threads": Choice(threads, why_threads),
-        "batch": Choice(MAX_BATCH, _why_batch(step_seconds)),
+        "batch": Choice(n_batch, _why_batch(step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
-    speculation = _speculation(launch, n_slots=options.slots, learns=True, is_alike=options.is_alike)
+    speculation = guessing.speculation(launch, n_slots=options.slots, learns=True, is_alike=options.is_alike)
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
         n_cells=n_cells,
         n_slots=n_slots,
-        n_batch=MAX_BATCH,
+        n_batch=n_batch,
         threads=threads,
-        threads_batch=threads,
+        threads_batch=threads_batch,
         type_k=launch.settings.kv_type,
         type_v=launch.settings.kv_type,
         n_guessed=0 if speculation is None else MAX_GUESSED,
@@ -434,47 +394,10 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
     return n_cells
 
 
-def _repack(
-    launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, layers: int, usable: int
-) -> tuple[bool, str]:
-    """Whether to rewrite the weights, and why.
-
-    llama.cpp reads most formats faster in an order of its own. For batches of K- and I-quants it has kernels that take
-    them as they are in the file, and rewriting switches those off: prompts took twice as long then, on two CPU cores.
-    """
-    if options.repack is not None:
-        return options.repack, "as set"
-    kind = launch.header.main_type
-    if kind.endswith("_K") or (kind.startswith("IQ") and kind != "IQ4_NL"):
-        return False, f"batches are computed faster from {kind} as it is in the file"
-    # While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
-    kv = launch.settings.kv_type
-    host = memory.plan(
-        launch.header,
-        n_cells,
-        n_ubatch=MAX_BATCH,
-        gpu_layers=layers,
-        n_outputs=n_slots + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-    ).host
-    if host.total + host.weights > usable:
-        return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
-    return True, "a server loads once; memory holds a second copy of the weights"
-
-
-def _threads(settings: Settings) -> tuple[int, str]:
-    if settings.threads:
-        return settings.threads, "as set"
-    cores = machine.usable_cores()
-    limit = "" if cores.cgroup_limit is None else f", CPU time of {cores.cgroup_limit:g}"
-    return cores.threads, f"{cores.physical} cores{limit}"
-
-
 def _max_cells(launch: Launch, layers: int) -> int:
     """How far the KV cache may grow: to the limit, or as far as memory goes."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    usable = machine.memory().usable - _draft_bytes(launch, 1)
+    usable = machine.memory().usable - guessing.draft_bytes(launch, 1)
     smallest = memory.plan(
         header,
         min(limit, memory.CELLS),

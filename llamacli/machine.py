@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 
+_ENTRY = 1 << 13  # bytes that hold a CPU's entry in /proc/cpuinfo
 _PCI_INTEL, _PCI_DISPLAY = "0x8086", "0x03"  # vendor; the class byte of display controllers
 
 _X86_FEATURES = {"pni", "ssse3", "avx", "avx2", "avx_vnni", "fma", "f16c", "bmi2"}
@@ -70,8 +71,7 @@ def usable_cores(root: Path = ROOT) -> Cores:
         # Apple's efficiency cores hold the others up: every step ends when the slowest thread does.
         physical = _sysctl_int("hw.perflevel0.physicalcpu") or _sysctl_int("hw.physicalcpu") or logical
         return Cores(logical, logical, physical)
-    online = _cpu_list(_read(root / "sys/devices/system/cpu/online")) or set(range(os.cpu_count() or 1))
-    allowed = (_affinity(root) & online) or online
+    online, allowed = _online(root), _allowed(root)
     limits = [limit for group in _cgroups(root, "cpu") if (limit := _cpu_limit(group)) is not None]
     return Cores(len(online), len(allowed), _n_physical(root, allowed), min(limits, default=None))
 
@@ -86,6 +86,11 @@ def memory(root: Path = ROOT) -> Memory:
     groups = [room for group in _cgroups(root, "memory") if (room := _memory_room(group))]
     limit, used = min(groups, key=lambda room: room[0] - room[1], default=(None, 0))
     return Memory(total, available, limit, used)
+
+
+def total_memory() -> int:
+    """Bytes; the same as memory().total, in microseconds."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def gpus(root: Path = ROOT) -> tuple[Gpu, ...]:
@@ -111,6 +116,33 @@ def cpu_features(root: Path = ROOT) -> tuple[str, ...]:
     return tuple(sorted({flag for flag in flags.split() if _matters(flag)}))
 
 
+def cpu(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
+    """Name and features, as above, in a tenth of a millisecond: of many CPUs only the first one's entry is read."""
+    if _is_mac(root):
+        return cpu_name(root), cpu_features(root)
+    entry = _fields(_read(root / "proc/cpuinfo", _ENTRY))
+    part = f"{entry.get('CPU implementer', '')} {entry.get('CPU part', '')}".strip()
+    flags = entry.get("flags") or entry.get("Features", "")
+    name = entry.get("model name") or entry.get("cpu") or f"{os.uname().machine} {part}".strip()
+    return name, tuple(sorted({flag for flag in flags.split() if _matters(flag)}))
+
+
+def cpu_seconds(root: Path = ROOT) -> float | None:
+    """What all programs together have used of the CPUs open to us since the machine began; None where nobody counts.
+
+    Time that the hypervisor gave to other machines is in it.
+    """
+    total, allowed = 0, _allowed(root)
+    for line in _read(root / "proc/stat").splitlines():
+        name, *counts = line.split() or [""]
+        if not name.startswith("cpu") or not name[3:].isdecimal() or not all(n.isdecimal() for n in counts):
+            continue
+        if len(counts) >= 8 and int(name[3:]) in allowed:
+            # proc(5): user, nice, system, idle, iowait, irq, softirq, steal; guest time is in the first two already.
+            total += sum(int(counts[i]) for i in (0, 1, 2, 5, 6, 7))
+    return total / os.sysconf("SC_CLK_TCK") if total else None
+
+
 def _is_mac(root: Path) -> bool:
     """A tree other than the machine's own is always read as Linux writes it."""
     return sys.platform == "darwin" and root == ROOT
@@ -121,6 +153,16 @@ def _matters(flag: str) -> bool:
 
 
 # --- cores ---
+
+
+def _online(root: Path) -> set[int]:
+    return _cpu_list(_read(root / "sys/devices/system/cpu/online")) or set(range(os.cpu_count() or 1))
+
+
+def _allowed(root: Path) -> set[int]:
+    """The CPUs that we may run on."""
+    online = _online(root)
+    return (_affinity(root) & online) or online
 
 
 def _affinity(root: Path) -> set[int]:
@@ -281,10 +323,11 @@ def _output(*command: str) -> str:
 # --- files of the kernel ---
 
 
-def _read(path: Path) -> str:
-    """A small text file, or nothing: what the kernel does not show is not there."""
+def _read(path: Path, size: int = -1) -> str:
+    """A small text file, or its beginning, or nothing: what the kernel does not show is not there."""
     try:
-        return path.read_text("utf-8", "replace")
+        with path.open("rb", buffering=0) as file:
+            return (file.read(size) or b"").decode("utf-8", "replace")
     except OSError:
         return ""
 

@@ -12,6 +12,7 @@ from llamacli.engine.kv import MIN_STORED
 from llamacli.models import checksum
 
 if TYPE_CHECKING:
+    from llamacli.engine.prefix_store import PrefixStore
     from llamacli.engine.prefixes import Prefixes
     from llamacli.launch import Launch
 
@@ -22,17 +23,34 @@ def of(launch: Launch, directory: Path, *, least: int = MIN_STORED) -> Prefixes 
     directory   of all prefixes: see config.Directories.prefixes
     least       tokens of a prompt that is worth its room
     """
+    assert launch.weights is not None
+    store = _store(launch, directory, is_rewritten=launch.weights.is_rewritten)
+    if store is None:
+        return None
+    from llamacli.engine.prefixes import Prefixes
+
+    return Prefixes(store, least=least)
+
+
+def held(launch: Launch, tokens: array[int], directory: Path, *, is_rewritten: bool) -> int:
+    """How many tokens of a prompt are stored, as computed with the weights in one order or the other."""
+    if len(tokens) < MIN_STORED:
+        return 0
+    store = _store(launch, directory, is_rewritten=is_rewritten)
+    found = None if store is None else store.find(tokens)
+    return 0 if found is None else found.length
+
+
+def _store(launch: Launch, directory: Path, *, is_rewritten: bool) -> PrefixStore | None:
     settings = launch.settings
     if settings.no_cache or settings.cache_size == 0:
         return None
-    fingerprint = _fingerprint(launch)
+    fingerprint = _fingerprint(launch, is_rewritten)
     if fingerprint is None:
         return None
     from llamacli.engine.prefix_store import PrefixStore
-    from llamacli.engine.prefixes import Prefixes
 
-    store = PrefixStore(directory, fingerprint, budget=settings.cache_size, label=launch.file.name)
-    return Prefixes(store, least=least)
+    return PrefixStore(directory, fingerprint, budget=settings.cache_size, label=launch.file.name)
 
 
 def expecting(launch: Launch, tokens: array[int], directory: Path) -> Prefixes | None:
@@ -45,14 +63,13 @@ def expecting(launch: Launch, tokens: array[int], directory: Path) -> Prefixes |
     return prefixes
 
 
-def _fingerprint(launch: Launch) -> bytes | None:
+def _fingerprint(launch: Launch, is_rewritten: bool) -> bytes | None:
     """What cells depend on beside the tokens: llama.cpp would take another model's without a word.
 
     None for a model's file that has gone.
     """
     from hashlib import sha256
 
-    assert launch.weights is not None
     found = sha256()
     try:
         for path in launch.file.files:
@@ -63,5 +80,7 @@ def _fingerprint(launch: Launch) -> bytes | None:
         return None
     # Rewritten weights round otherwise. The rotation of a quantized cache is llama.cpp's own switch.
     rotation = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")
-    found.update(f" {launch.settings.kv_type} {launch.weights.is_rewritten} {rotation}".encode())
+    found.update(f" {launch.settings.kv_type} {is_rewritten} {rotation}".encode())
+    if launch.flash_attention is not None:  # without it, values lie in another order
+        found.update(f" {launch.flash_attention}".encode())
     return found.digest()

@@ -168,6 +168,13 @@ def test_the_batch_and_the_parts_are_measured_against_shell_loops_and_the_bare_e
 
 
 @pytest.mark.slow
+def test_what_tuning_is_worth_is_measured() -> None:
+    rows = printed_rows("tuning")
+    assert [row[0].split(",")[0] for row in rows] == ["tune itself", "512 tokens read and 128 written"]
+    assert all(row[1] for row in rows)
+
+
+@pytest.mark.slow
 def test_the_list_and_the_second_pull_are_measured() -> None:
     rows = printed_rows("listing", "--runs", "1")
     assert [row[0] for row in rows][:2] == ["llamacli list of 52 models", "llamacli pull of a model that is here"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ FLOORS = [
     ["engine.draft_model", "engine.speculation"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
-    ["together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
+    [
+        *("rates", "together", "splitting", "mapreduce", "stored_prefixes", "tuning", "tuning_file"),
+        *("choices", "guessing", "launch", "tuner", "diagnosis", "problems"),
+    ],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     [
         *("documents.document", "documents.decoding", "documents.pdf", "documents.page", "documents.opening"),
@@ -75,6 +79,7 @@ FLOORS = [
     ],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
+        "commands.tune",
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.presets", "commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
@@ -171,8 +176,8 @@ def test_a_file_opens_by_saying_what_it_is_for(room: str) -> None:
     assert ast.get_docstring(ast.parse(ROOMS[room].read_text("utf-8")))
 
 
-def loaded_by(*arguments: str) -> set[str]:
-    """The modules in a process that ran the program with these arguments."""
+def loaded_by(*arguments: str, **variables: str) -> set[str]:
+    """The modules in a process that ran the program with these arguments and environment variables."""
     code = (
         "import os, sys\n"
         f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
@@ -182,7 +187,12 @@ def loaded_by(*arguments: str) -> set[str]:
         "finally: print('LOADED', *sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | variables,
+        capture_output=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        check=True,
     )
     return set(done.stdout.rpartition("LOADED")[2].split())
 
@@ -211,10 +221,11 @@ def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
     assert not {name for name in loaded if name.startswith("llamacli.engine")}
 
 
-def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use() -> None:
-    loaded = loaded_by("-m", "tiny", "-n", "1", "hi")
+def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use(tmp_path: Path) -> None:
+    loaded = loaded_by("-m", "tiny", "-n", "1", "hi", LLAMACLI_HOME=str(tmp_path))
     assert "llama_cpp.llama_cpp" in loaded
     assert not loaded & {"llamacli.engine.prefixes", "llamacli.engine.prefix_store"}, "the prompt is short"
+    assert not loaded & {"llamacli.tuning", "llamacli.tuning_file"}, "nothing was measured"
     assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
     assert not {name for name in loaded if name.startswith(("llamacli.documents", "llamacli.presets"))}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llamacli import launch as launching
-from llamacli.config import Settings
+from llamacli import tuning_file
+from llamacli.config import TUNING, Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.engine.devices import Device
@@ -16,6 +17,8 @@ from llamacli.errors import ModelError, ResourceError, UsageError
 from llamacli.launch import Launch, ServeOptions, load, place, prepare, serve, start
 from llamacli.machine import Gpu
 from llamacli.models import store
+from llamacli.models.notes import Notes
+from llamacli.tuning import OneAnswer, Rates, Weights
 
 GIB = 1 << 30
 NVIDIA = Gpu("nvidia", "NVIDIA H200")
@@ -150,6 +153,43 @@ def test_a_server_leaves_weights_as_they_are_where_batches_are_faster_so(
     launch.header = replace(launch.header, tensors=tensors)
     serve(launch, ServeOptions(), notices.append, usable=8 * GIB).close()
     assert launch.choices["repack"].value is repack
+
+
+def test_rewritten_weights_that_do_not_fit_are_not_loaded_however_fast_they_were(tmp_path: Path) -> None:
+    steps = {1: 1.0, 512: 10.0}
+    stored = Weights(0.1, {1: 1.0}, {1: 1.0}, steps)
+    quicker = replace(stored, steps={rows: seconds / 2 for rows, seconds in steps.items()})
+    about = tuning_file.subject(store.tiny(), "f16", 0, None)
+    tuning_file.write(tmp_path / TUNING, about, Rates(stored, quicker))
+    launch, notices = prepared(tmp_path)
+    launch.notes = Notes(tmp_path)
+    usable = memory.plan(launch.header, 4096, n_ubatch=512, n_outputs=12).host.total
+    serve(launch, ServeOptions(), notices.append, usable=usable).close()
+    assert launch.choices["repack"].value is False
+    assert "a second copy of the weights does not fit" in launch.choices["repack"].why
+    assert "measured: " in launch.choices["repack"].why
+    serve(launch, ServeOptions(), notices.append, usable=8 * GIB).close()
+    assert launch.choices["repack"].value is True
+
+
+def test_what_is_to_come_may_be_known_before_the_model_loads_or_after(tmp_path: Path) -> None:
+    stored = Weights(0.1, {1: 1.0}, {1: 1.0}, {1: 1.0, 512: 10.0})
+    quicker = replace(stored, load=20.0, steps={1: 0.5, 512: 10.0})
+    about = tuning_file.subject(store.tiny(), "f16", 0, None)
+    tuning_file.write(tmp_path / TUNING, about, Rates(stored, quicker))
+    for n_answer, repack in ((10, False), (500, True)):
+        launch, notices = prepared(tmp_path, max_tokens=n_answer)
+        launch.notes = Notes(tmp_path)
+        load(launch, notices.append, OneAnswer(10, n_answer))
+        assert launch.choices["repack"].value is repack
+        launch, notices = prepared(tmp_path, max_tokens=n_answer)
+        launch.notes = Notes(tmp_path)
+        before = load(launch, notices.append)
+        launching.settle(launch, 10)
+        assert launch.choices["repack"].value is repack
+        assert (launch.weights is not before) is repack
+        assert before.vocabulary.tokenize("the vocabulary stays in use")
+        start(launch, 10).close()
 
 
 @pytest.mark.parametrize("slots", [0, 129])

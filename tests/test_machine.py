@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from llamacli.machine import Gpu, cpu_features, cpu_name, gpus, memory, usable_cores, vm_stat_available
+from llamacli.machine import (
+    Gpu,
+    cpu,
+    cpu_features,
+    cpu_name,
+    cpu_seconds,
+    gpus,
+    memory,
+    total_memory,
+    usable_cores,
+    vm_stat_available,
+)
 
 GIB = 1 << 30
 
@@ -25,9 +36,9 @@ def cpus(n: int, *, threads_per_core: int = 1, allowed: str | None = None) -> di
     """`n` logical CPUs, numbered as Linux does: the second threads of all cores after the first ones."""
     n_cores = n // threads_per_core
     files: dict[str, object] = {"sys/devices/system/cpu/online": f"0-{n - 1}"}
-    for cpu in range(n):
-        siblings = ",".join(str(cpu % n_cores + i * n_cores) for i in range(threads_per_core))
-        files[f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = siblings
+    for number in range(n):
+        siblings = ",".join(str(number % n_cores + i * n_cores) for i in range(threads_per_core))
+        files[f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"] = siblings
     return files | {"proc/self/status": f"Name:\tpython\nCpus_allowed_list:\t{allowed or f'0-{n - 1}'}"}
 
 
@@ -307,3 +318,36 @@ def test_importing_brings_in_nothing_heavy() -> None:
     code = "import sys, llamacli.machine; print({'subprocess', 'ctypes', 'numpy', 'psutil'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+# --- whose time it is ---
+
+
+def test_the_first_entry_names_the_processor_however_many_follow(tmp_path: Path) -> None:
+    entry = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma avx512f\n\n"
+    tree(tmp_path, {"proc/cpuinfo": entry + 4000 * "processor\t: 1\nmodel name\t: Other\nflags\t\t: avx\n\n"})
+    assert cpu(tmp_path) == ("Some CPU", ("avx2", "avx512f", "fma"))
+    assert cpu(tmp_path) == (cpu_name(tmp_path), cpu_features(tmp_path))
+
+
+def test_a_processor_without_a_name_is_told_by_its_numbers(tmp_path: Path) -> None:
+    tree(tmp_path, {"proc/cpuinfo": "processor : 0\nFeatures : fp asimd\nCPU implementer : 0x41\nCPU part : 0xd0c"})
+    name, features = cpu(tmp_path)
+    assert name.endswith("0x41 0xd0c") and features == ("asimd",)
+
+
+def test_time_of_cpus_that_are_not_ours_does_not_count_and_stolen_time_does(tmp_path: Path) -> None:
+    stat = "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 20 30 9999 9999 4 5 1000 50 60\ncpu1 7777 0 0 0 0 0 0 0 0 0\nintr 5 0 0"
+    tree(tmp_path, cpus(2, allowed="0"), {"proc/stat": stat})
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert cpu_seconds(tmp_path) == pytest.approx((100 + 20 + 30 + 4 + 5 + 1000) / ticks)
+
+
+@pytest.mark.parametrize("stat", ["", "cpu0", "cpu0 a b c d e f g h", "cpu0 0 0 0 0 0 0 0 0 0 0"])
+def test_where_nobody_counts_there_is_no_time(stat: str, tmp_path: Path) -> None:
+    assert cpu_seconds(tree(tmp_path, cpus(1), {"proc/stat": stat})) is None
+
+
+def test_the_memory_of_this_machine_is_what_the_kernel_says() -> None:
+    if sys.platform == "linux":
+        assert total_memory() == pytest.approx(memory().total, rel=0.01)

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from llamacli.commands.presets import Asked
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "embed", "tune", "bench")
+RESERVED = ("chat", "embed", "bench")
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "presets", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "tune", "presets", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 

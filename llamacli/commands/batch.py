@@ -87,10 +87,10 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
 def served(slots: int) -> ServeOptions:
     """An engine for as many answers as soon as possible, in which nobody waits for a stream.
 
-    Weights stay as they are in the file: in this CPU's own order, prompts and full batches of most files take longer.
-    Raises UsageError.
+    Where nothing was measured weights stay as they are in the file: in this CPU's own order, prompts and full batches
+    of most files take longer. Raises UsageError.
     """
-    return ServeOptions(slots=slots, repack=False, contexts=min(slots, FULL_CONTEXTS), prefixes=2, step_seconds=None)
+    return ServeOptions(slots=slots, guess=False, contexts=min(slots, FULL_CONTEXTS), prefixes=2, step_seconds=None)
 
 
 def _defaults(settings: Settings, wishes: Wishes) -> Defaults:

@@ -123,6 +123,8 @@ def _settings(diagnosis: Diagnosis) -> Rows:
     yield "config file", f"{configuration.file} ({state})"
     missing = " (not on this machine)" if diagnosis.models.default_problem else ""
     yield "default model", configuration.model + missing
+    measured = diagnosis.models.default_tuned
+    yield "tuned", f"yes, {measured[:10]}" if measured else "no: llamacli tune measures it here in about a minute"
 
 
 def _listed(names: Sequence[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""The commands for what lies on this machine: models, presets, keys and what they have used, computed prompts.
+"""The commands for what lies on this machine: models, presets, keys and their use, computed prompts, measured rates.
 
 Parses and calls one function, like app.py, which takes these commands up.
 """
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llamacli.commands import options
 from llamacli.commands.options import JsonArrayFlag, JsonFlag, ModelName, Quiet, model_names, resolved
 from llamacli.config import directories
+from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
     from llamacli.commands.terminal import Notices
@@ -174,3 +176,28 @@ def cache_clear(quiet: Quiet = False) -> None:
     from llamacli.commands import cache as command
 
     command.clear(directories(os.environ).prefixes, _notices(quiet=quiet))
+
+
+@app.command(epilog="Example: llamacli tune -m tiny")
+def tune(
+    model: options.Model = None,
+    show: Annotated[bool, typer.Option("--show", help="Print what was measured, and what is chosen by it.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Forget it: of all models, or of the one named.")] = False,
+    kv_type: options.KvType = None,
+    gpu_layers: options.GpuLayers = None,
+    as_json: JsonFlag = False,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Measure this machine with a model, in about a minute; run, batch and serve choose by it from then on."""
+    from llamacli.commands import tune as command
+
+    flags = {"model": model, "kv_type": kv_type, "gpu_layers": gpu_layers, "offline": offline}
+    settings = resolved({**flags, "quiet": quiet, "verbose": verbose}).settings
+    places = directories(os.environ)
+    if show and clear:
+        raise UsageError("--show and --clear contradict each other")
+    if clear:
+        return command.clear(settings, places, of_all=model is None)
+    return (command.show if show else command.run)(settings, places, as_json=as_json)

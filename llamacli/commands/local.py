@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from llamacli.engine.engine import Engine
     from llamacli.schema.form import Form
 
+CHOICE = 8  # tokens of an answer that is one of some texts, about
+
 
 @dataclass(frozen=True, slots=True)
 class _Started:
@@ -85,6 +87,8 @@ class _Job:
         fitted = _fitted(self.texts.get(), builder, self.launch)
         prompt = fitted.prompt
         began = perf_counter()
+        n_answer = CHOICE if self.form is not None and self.form.choices else None
+        launching.settle(self.launch, len(prompt.tokens), n_answer, lambda rewritten: self._held(prompt, rewritten))
         prefixes = stored_prefixes.expecting(self.launch, prompt.tokens, self.prefixes)
         engine = launching.start(self.launch, len(prompt.tokens), prefixes)
         load_seconds += perf_counter() - began
@@ -100,6 +104,9 @@ class _Job:
             for _ in prefixes.save(engine.kv, engine.model):
                 pass
         self.out.put(_Stored(0 if prefixes is None else prefixes.n_stored))
+
+    def _held(self, prompt: Prompt, is_rewritten: bool) -> int:
+        return stored_prefixes.held(self.launch, prompt.tokens, self.prefixes, is_rewritten=is_rewritten)
 
     def _generate_formed(self, engine: Engine, builder: PromptBuilder, prompt: Prompt, form: Form) -> None:
         from llamacli.together import Together

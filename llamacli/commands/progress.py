@@ -1,4 +1,4 @@
-"""How far a download is: a bar on a terminal, a line every few seconds elsewhere, nothing with --quiet."""
+"""How far a download or a measurement is: a bar on a terminal, lines elsewhere, nothing with --quiet."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from llamacli.commands.terminal import Notices
+from llamacli.commands.terminal import Notices, harmless
 from llamacli.models.transfer import Progress, Report
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 EVERY = 5.0  # seconds between two lines
 _STDERR = 2
@@ -67,6 +68,47 @@ class Bar:
             rich.update(task, completed=progress.done, trouble=progress.trouble)
 
         return report
+
+
+class Stages:
+    """Work whose parts have names, and of which it is known which share is done."""
+
+    def __init__(self, what: str, notices: Notices, *, quiet: bool = False) -> None:
+        self._what, self._notices, self._quiet = what, notices, quiet
+        self._stage = ""
+        self._rich: RichProgress | None = None
+        self._task: TaskID | None = None
+        if not quiet and os.isatty(_STDERR) and os.environ.get("TERM") != "dumb":
+            self._show_bar()
+
+    def _show_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._rich = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[stage]}", markup=False),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+        self._task = self._rich.add_task(harmless(self._what), total=1.0, stage="")
+        self._rich.start()
+
+    def report(self, share: float, stage: str) -> None:
+        """share   of all the work that is done, from 0 to 1"""
+        if self._rich is not None and self._task is not None:
+            self._rich.update(self._task, completed=share, stage=stage)
+        elif stage and stage != self._stage and not self._quiet:
+            self._notices.say(f"{self._what}: {share:.0%}, {stage}")
+        self._stage = stage
+
+    def end(self) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+            self._rich = None
 
 
 class _Lines:

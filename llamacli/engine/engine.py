@@ -286,7 +286,7 @@ class Engine:
         sequence = request.sequence
         if request.detokenizer.stopped:
             return FinishReason.STOP
-        if request.params.grammar is not None and request.sampler.is_over():
+        if request.params.grammar is not None and not request.params.ignore_eos and request.sampler.is_over():
             return FinishReason.STOP  # no step is needed to hear it from the model
         if sequence.max_tokens is not None and sequence.n_generated >= sequence.max_tokens:
             return FinishReason.LENGTH

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from llamacli.errors import ResourceError
 from llamacli.gguf import Header
 
+MAX_ROWS = 512  # of a step: more costs memory and gains nothing on a CPU
+MAX_GUESSED = 24  # rows of a step for guessed tokens, all sequences together
 CELLS = 256  # llama.cpp makes the context a multiple of this many tokens
 DEVICE_MARGIN = 1 << 30  # left free on a GPU, as by llama.cpp's own fitting (fit_params_target in common.h)
 _LIBRARY_BYTES = 16 << 20  # llama.cpp's code, vocabulary and graphs

@@ -14,7 +14,10 @@ from typing import Any
 
 
 class Notes:
+    """cache   the directory in which they are kept, and other things beside them"""
+
     def __init__(self, cache: Path) -> None:
+        self.cache = cache
         self._directory = cache / "models"
 
     def read(self, path: Path) -> dict[str, Any]:
