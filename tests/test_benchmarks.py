@@ -120,6 +120,7 @@ def test_the_startup_benchmark_prints_every_row() -> None:
         "llamacli --version, against python -c pass",
         "llamacli --help, against python -c pass",
         "first answer byte, against llama_cpp.Llama at its defaults",
+        "peak memory, against the file, 10 % of it, and its KV cache",
     ]
     assert all(row[1] and row[2] and row[3] for row in rows)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llamacli.errors import LlamacliError
+from llamacli.models import store
 
 PACKAGE = Path(__file__).parents[1] / "llamacli"
 
@@ -198,11 +199,41 @@ def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
     assert not {name for name in loaded if name.startswith("llamacli.engine")}
 
 
-def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use() -> None:
-    loaded = loaded_by("-m", "tiny", "-n", "1", "hi")
-    assert "llama_cpp.llama_cpp" in loaded
-    assert not loaded & {"llamacli.engine.prefixes", "llamacli.engine.prefix_store"}, "the prompt is short"
-    assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
+# What an answer to a short prompt takes: whoever adds to it makes every answer start later.
+PLAIN = {
+    *("commands.app", "commands.keeping", "commands.options", "commands.testing_options"),
+    *("commands.run", "commands.question", "commands.deliver", "commands.obtain", "commands.local"),
+    *("commands.terminal", "errors", "config", "launch", "machine", "gguf", "gguf_header", "prompt"),
+    *("models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"),
+    *("engine.bindings", "engine.devices", "engine.memory", "engine.llama", "engine.model", "engine.sampling"),
+    *("engine.sequence", "engine.kv", "engine.scheduler", "engine.engine", "engine.detokenizer", "engine.recall"),
+    *("stored_prefixes", "__main__", "commands", "models", "engine"),
+}
+PLAIN_THIRD_PARTIES = {
+    *("typer", "annotated_doc", "shellingham"),  # typer and what it needs
+    *("llama_cpp", "typing_extensions"),
+    "platformdirs",
+}
+
+
+def test_a_plain_run_loads_what_it_uses_and_nothing_else() -> None:
+    loaded = loaded_by("-m", str(store.bundled()), "-n", "1", "hi")
+    ours = {name.removeprefix("llamacli.") for name in loaded if name.startswith("llamacli.")}
+    assert ours - PLAIN == set()
+    third_parties = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert third_parties - PLAIN_THIRD_PARTIES <= {"llamacli", "__main__", "_distutils_hack"}
+    assert "llama_cpp.llama_cpp" in loaded and "llama_cpp.llama" not in loaded, "the bindings come light"
+    assert not loaded & {"asyncio", "tomllib"}, "no catalogue is read for a path"
+
+
+@pytest.mark.parametrize(("name", "built"), [("run", ["run"]), ("keys", ["keys"]), ("--version", [])])
+def test_only_the_command_that_is_called_gets_its_parser(name: str, built: list[str]) -> None:
+    code = (
+        "import sys, typer.main\nfrom llamacli.commands import app\n"
+        f"app.leave_only({name!r})\nprint(*typer.main.get_command(app.app).commands)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.split() == built
 
 
 def test_every_error_knows_its_exit_code_and_its_http_status() -> None:
