@@ -37,7 +37,7 @@ FLOORS = [
     ["engine.prefix_file", "engine.prefix_store", "engine.prefixes"],
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
-    ["together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
+    ["rates", "together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [

@@ -10,7 +10,7 @@ import ctypes
 import math
 import os
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ KV_TYPES = {
     "q5_0": 6,
     "q5_1": 7,
 }  # ggml.h: enum ggml_type
+_FLASH_ATTENTION = {None: -1, False: 0, True: 1}  # llama.h: enum llama_flash_attn_type
 
 
 def padded(n_cells: int) -> int:
@@ -165,6 +166,7 @@ class ContextOptions:
     n_batch          rows of one step
     threads          for a step of one row; threads_batch for all others
     type_k, type_v   number format of the cache: a key of KV_TYPES
+    flash_attention  None: where llama.cpp has it, which is everywhere; a quantized cache needs it
     """
 
     n_cells: int = 512
@@ -174,6 +176,7 @@ class ContextOptions:
     threads_batch: int = 1
     type_k: str = "f16"
     type_v: str = "f16"
+    flash_attention: bool | None = None
 
 
 class LlamaModel:
@@ -207,6 +210,7 @@ class LlamaModel:
         params.n_seq_max = params.n_outputs_max = min(self.n_slots + 1, MAX_SLOTS)  # one more: see save()
         params.n_threads, params.n_threads_batch = options.threads, options.threads_batch
         params.type_k, params.type_v = KV_TYPES[options.type_k], KV_TYPES[options.type_v]
+        params.flash_attn_type = _FLASH_ATTENTION[options.flash_attention]
         params.kv_unified = True  # one pass over the weights for a mixed batch, and prefixes shared without copying
         params.abort_callback = self._bindings.abort_callback
         params.abort_callback_data = ctypes.addressof(self._abort_flag)
@@ -219,6 +223,11 @@ class LlamaModel:
         self.n_cells: int = c.llama_n_ctx(context)
         self._memory = c.llama_get_memory(context)
         return context
+
+    def set_threads(self, threads: int, threads_batch: int) -> None:
+        """For the steps from now on. See ContextOptions."""
+        self._options = replace(self._options, threads=threads, threads_batch=threads_batch)
+        self._c.llama_set_n_threads(self._context, threads, threads_batch)
 
     def run(self, chunks: list[Chunk]) -> list[int]:
         """See Model.run. The guards are llama.cpp's own conditions, which abort the process there."""
