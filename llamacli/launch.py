@@ -24,6 +24,7 @@ from llamacli.prompt import Message, Prompt, PromptBuilder
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
+    from llamacli.engine.embedding import Embedder
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
     from llamacli.engine.prefixes import Prefixes
@@ -38,6 +39,7 @@ STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
 MIN_PREFIXES = 8  # finished answers that a server keeps in the cache, for the next turn of a conversation
+EMBEDDED_TOGETHER = 16  # texts of a command line, where nobody waits for one of them
 GPU_BUILD = (
     "rebuild the bindings for it: CMAKE_ARGS=-DGGML_{backend}=on "
     "pip install --force-reinstall --no-cache-dir llama-cpp-python=={version}"
@@ -128,6 +130,15 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
     )
     model = LlamaModel(launch.weights, options)
     return Engine(model, n_limit=launch.n_limit, max_cells=launch.max_cells, step_seconds=None, prefixes=prefixes)
+
+
+def embedder(launch: Launch, notice: Notice) -> Embedder:
+    """Load the weights for texts that are to become vectors, short ones several at once. Raises as load() does."""
+    from llamacli.engine.embedding import Embedder
+
+    threads, why = _threads(launch.settings)
+    launch.choices["threads"] = Choice(threads, why)
+    return Embedder(load(launch, notice), limit=launch.n_limit, threads=threads, together=EMBEDDED_TOGETHER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

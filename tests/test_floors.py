@@ -68,7 +68,14 @@ FLOORS = [
         "commands.parts",
     ],
     [
-        *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
+        *(
+            "commands.config",
+            "commands.tokenize",
+            "commands.embed",
+            "commands.doctor",
+            "commands.keys",
+            "commands.cache",
+        ),
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],

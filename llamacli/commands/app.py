@@ -22,11 +22,11 @@ from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "embed", "tune", "bench")
+RESERVED = ("chat", "tune", "bench")
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "embed", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -309,6 +309,30 @@ def tokenize(
     return command.run(
         resolved({"model": model}).settings, text, directories(os.environ), count_only=count, as_json=as_json
     )
+
+
+@app.command(epilog='Example: llamacli embed -m tiny "Tell me about llama2"')
+def embed(
+    text: Annotated[str | None, typer.Argument(help="The text; without it, or with -, stdin is read.")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="A vector for each line of stdin.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Vectors of length 1, or as they are computed.")
+    ] = True,
+    model: Model = None,
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    as_json: JsonFlag = False,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Turn a text into a vector: one JSON array of numbers on a line. Llama 2 was not trained for it."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import embed as command
+
+    wishes = command.Wishes(text=text, lines=lines, is_unit=normalize, as_json=as_json)
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
 @app.command(epilog="Example: llamacli serve -m tiny --port 0 & sleep 3; kill $!; wait $!")
