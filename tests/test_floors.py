@@ -38,6 +38,10 @@ FLOORS = [
     ["engine.scheduler", "engine.sampling", "engine.devices", "engine.llama"],
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
     ["rates", "together", "splitting", "mapreduce", "stored_prefixes", "launch", "diagnosis", "problems"],
+    [
+        *("bench.plan", "bench.figures", "bench.children", "bench.high_level"),
+        *("bench.ours", "bench.rivals", "bench.course"),
+    ],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     ["server.presence", "server.ledger", "server.usage", "server.keys", "server.keyring", "server.accounts"],
     [
@@ -60,7 +64,7 @@ FLOORS = [
     ],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
     [
-        *("commands.terminal", "commands.table", "commands.progress", "commands.pace"),
+        *("commands.terminal", "commands.table", "commands.progress", "commands.pace", "commands.stages"),
         *("commands.options", "commands.obtain"),
     ],
     [
@@ -68,14 +72,8 @@ FLOORS = [
         "commands.parts",
     ],
     [
-        *(
-            "commands.config",
-            "commands.tokenize",
-            "commands.embed",
-            "commands.doctor",
-            "commands.keys",
-            "commands.cache",
-        ),
+        *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
+        *("commands.embed", "commands.bench"),
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
@@ -85,11 +83,11 @@ FLOORS = [
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("batch.__init__", "commands.__init__", "testing.__init__"),
+    *("batch.__init__", "bench.__init__", "commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
-    "llama_cpp": ["engine.bindings"],
+    "llama_cpp": ["engine.bindings", "bench.high_level"],  # the latter is a program of its own
     "numpy": ["engine.llama", "engine.embedding"],
     "jinja2": ["prompt"],
     "jsonschema": ["schema.checking"],
@@ -100,7 +98,7 @@ HOMES = {
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
     "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.app"],
-    "rich": ["commands.progress", "commands.pace", "commands.table"],
+    "rich": ["commands.progress", "commands.pace", "commands.stages", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],

@@ -22,11 +22,11 @@ from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "tune", "bench")
+RESERVED = ("chat", "tune")
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "embed", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "embed", "tokenize", "config", "bench", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -414,6 +414,38 @@ def serve(
         ready_file=Path(ready_file) if ready_file else None,
         testing=testing,
     )
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
+
+
+@app.command(epilog="Example: llamacli bench -m tiny --time 2")
+def bench(
+    model: Model = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="llama_cpp.Llama and, where found, llama.cpp's tools beside ours.")
+    ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option("--time", metavar="SECONDS", help="About how long our own side may take; 0 is no limit."),
+    ] = 60.0,
+    prompt: Annotated[int | None, typer.Option(metavar="N", help="Tokens to be read. [512, or fewer]")] = None,
+    depths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens before those written. [1024,3000 as time allows]")
+    ] = None,
+    streams: Annotated[str | None, typer.Option(metavar="N,N", help="Answers at once. [1,2,4,8]")] = None,
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    kv_type: KvType = None,
+    as_json: JsonFlag = False,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Measure how fast a model is here: load, first token, prefill, decode by length, parallel streams."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import bench as command
+
+    wishes = command.Wishes(command.wanted(prompt, depths, streams, seconds), compare, as_json)
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
