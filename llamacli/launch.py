@@ -69,6 +69,8 @@ class Launch:
     choices: dict[str, Choice] = field(default_factory=dict)
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
+    n_devices: int = 1
+    device_bytes: int | None = None  # what the GPUs have for us, where we chose what goes there; set by `place`
     weights: LlamaWeights | None = None
 
 
@@ -288,10 +290,21 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
     memory.check(smallest, usable)
     wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
     n_cells = memory.largest_context(
-        header, usable, wanted, n_ubatch=MAX_BATCH, gpu_layers=layers, n_outputs=n_slots, type_k=kv, type_v=kv
+        header,
+        usable,
+        wanted,
+        n_ubatch=MAX_BATCH,
+        gpu_layers=layers,
+        n_outputs=n_slots,
+        type_k=kv,
+        type_v=kv,
+        n_devices=launch.n_devices,
+        device_bytes=launch.device_bytes,
     )
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
+    if launch.device_bytes is not None:
+        room += f", and {launch.device_bytes / 2**30:.1f} GiB of GPU memory"
     why = f"{contexts} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {contexts} x {limit:,} tokens need more"
     launch.choices["cells"] = Choice(n_cells, why)
     if n_cells < limit:
@@ -365,8 +378,12 @@ def place(launch: Launch, devices: Sequence[Device], present: Sequence[Gpu], not
 
     Raises UsageError where a GPU is required and cannot be had.
     """
+    from llamacli.engine.devices import placed_on
+
     if not devices:
         return _without_gpu(launch, present, notice)
+    devices = placed_on(devices)
+    launch.n_devices = len(devices)
     wish = launch.settings.gpu_layers
     n_all = launch.header.n_layer + 1  # the output layer counts as one
     layers, why = _layers(launch, devices, wish, n_all)
@@ -377,7 +394,8 @@ def place(launch: Launch, devices: Sequence[Device], present: Sequence[Gpu], not
         if wish != "0":
             notice(f"running on the CPU: {why}, not enough for one layer")
         return 0
-    launch.device = f"{devices[0].description or devices[0].name} ({layers}/{n_all} layers)"
+    names = ", ".join(device.description or device.name for device in devices)
+    launch.device = f"{names} ({layers}/{n_all} layers)"
     if layers < n_all and wish == "auto":
         notice(f"{layers} of {n_all} layers on the GPU, the others on the CPU: {why}")
     return -1 if layers == n_all else layers
@@ -388,8 +406,9 @@ def _layers(launch: Launch, devices: Sequence[Device], wish: str, n_all: int) ->
         return n_all, "as set"
     if wish != "auto":
         return min(int(wish), n_all), "as set"
-    free, kv = sum(device.free for device in devices), launch.settings.kv_type
-    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit, type_k=kv, type_v=kv)
+    free, n, kv = sum(device.free for device in devices), len(devices), launch.settings.kv_type
+    launch.device_bytes = memory.device_room(free, n)
+    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit, type_k=kv, type_v=kv, n_devices=n)
     return min(layers, n_all), f"{free / 2**30:.1f} GiB of GPU memory are free"
 
 
