@@ -8,7 +8,6 @@ CPU; its figures then say nothing of a GPU.
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from functools import partial
 
@@ -18,7 +17,7 @@ from benchmarks.sideways import Row, against_each, at_least_times, in_turn, load
 from llamacli import machine
 from llamacli.bench.children import Children
 from llamacli.bench.plan import STREAM_DEPTH
-from llamacli.bench.rivals import BATCHED, BENCH, LlamaCpp, Tools
+from llamacli.bench.rivals import BATCHED, BENCH, TOOLS_VARIABLE, LlamaCpp, Tools
 from llamacli.engine.bindings import VERSION
 from llamacli.engine.devices import gpu_devices, placed_on
 from llamacli.engine.llama import LlamaWeights, LoadOptions
@@ -52,7 +51,7 @@ def _measured(given: Inputs, layers: int) -> list[Row]:
     threads = machine.usable_cores().threads
     n_ctx = N_STREAMS * (STREAM_DEPTH + 2 * N_DECODE)
     work = Work(path=given.path, threads=threads, n_ctx=n_ctx, n_prefill=N_PREFILL, n_decode=N_DECODE)
-    tools = Tools.found(os.environ)
+    tools = Tools.found({TOOLS_VARIABLE: str(given.tools)}) if given.tools else Tools({})
     rival = LlamaCpp(Children(), tools, given.path, repack=False, gpu_layers=layers, threads=threads, steps=N_DECODE)
     with closing(LlamaWeights(given.path, LoadOptions(gpu_layers=layers))) as weights:
         with closing(OurEngine(weights, work, n_slots=N_STREAMS)) as engine:

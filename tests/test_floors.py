@@ -167,20 +167,27 @@ def test_a_file_opens_by_saying_what_it_is_for(room: str) -> None:
     assert ast.get_docstring(ast.parse(ROOMS[room].read_text("utf-8")))
 
 
-def loaded_by(*arguments: str) -> set[str]:
-    """The modules in a process that ran the program with these arguments."""
+def seen_after(what: str, *arguments: str) -> list[str]:
+    """The words of a Python expression's list, in a process that ran the program with these arguments."""
     code = (
-        "import os, sys\n"
+        "import gc, os, sys\n"
         f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
         "os._exit = lambda code: sys.exit(code)\n"
         "import llamacli.__main__ as program\n"
+        "searches = lambda: sum(each['collections'] for each in gc.get_stats())\n"
+        "before = searches()\n"
         "try: program.main()\n"
-        "finally: print('LOADED', *sys.modules)\n"
+        f"finally: print('SEEN', *{what})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=True
     )
-    return set(done.stdout.rpartition("LOADED")[2].split())
+    return done.stdout.rpartition("SEEN")[2].split()
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """The modules in a process that ran the program with these arguments."""
+    return set(seen_after("sys.modules", *arguments))
 
 
 HEAVY = {
@@ -229,6 +236,10 @@ def test_a_plain_run_loads_what_it_uses_and_nothing_else() -> None:
     assert third_parties - PLAIN_THIRD_PARTIES <= {"llamacli", "__main__", "_distutils_hack"}
     assert "llama_cpp.llama_cpp" in loaded and "llama_cpp.llama" not in loaded, "the bindings come light"
     assert not loaded & {"asyncio", "tomllib"}, "no catalogue is read for a path"
+
+
+def test_a_plain_run_does_not_look_for_garbage_while_it_starts() -> None:
+    assert seen_after("[searches() - before]", "-m", "tiny", "-n", "1", "hi") == ["0"]
 
 
 @pytest.mark.parametrize(("name", "built"), [("run", ["run"]), ("keys", ["keys"]), ("--version", [])])
