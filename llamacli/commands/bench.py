@@ -81,6 +81,8 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
         is_whole = True
     except KeyboardInterrupt:
         course.children.kill()
+    for name, choice in launch.choices.items():
+        notices.detail(f"{name} = {choice.value} ({choice.why})")
     found.notes += _unsteady(found.figures)
     if wishes.as_json and is_whole:
         text = json.dumps(_record(launch, found), ensure_ascii=False) + "\n"
