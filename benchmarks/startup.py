@@ -113,16 +113,19 @@ def _memory(given: Inputs, environment: Environment) -> Row:
     )
 
 
+# A process begins with the peak of whoever starts it: that is a small one.
+_PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def peak_bytes(command: Sequence[str], environment: Environment) -> int:
     """The most that a process has had in memory at once, until its end."""
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}")
-    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    measured = [sys.executable, "-c", _PEAK, *command]
+    done = subprocess.run(measured, env=environment, stdout=subprocess.PIPE, check=True)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def whole_process(command: Sequence[str], environment: Environment) -> float:
