@@ -138,9 +138,9 @@ def embedder(launch: Launch, notice: Notice) -> Embedder:
     """Load the weights for texts that are to become vectors, short ones several at once. Raises as load() does."""
     from llamacli.engine.embedding import Embedder
 
-    threads, why = _threads(launch.settings)
-    launch.choices["threads"] = Choice(threads, why)
-    return Embedder(load(launch, notice), limit=launch.n_limit, threads=threads, together=EMBEDDED_TOGETHER)
+    weights = load(launch, notice)
+    threads = launch.settings.threads or machine.usable_cores().threads
+    return Embedder(weights, limit=launch.n_limit, threads=threads, together=EMBEDDED_TOGETHER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

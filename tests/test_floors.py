@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,8 +168,8 @@ def test_a_file_opens_by_saying_what_it_is_for(room: str) -> None:
     assert ast.get_docstring(ast.parse(ROOMS[room].read_text("utf-8")))
 
 
-def seen_after(what: str, *arguments: str) -> list[str]:
-    """The words of a Python expression's list, in a process that ran the program with these arguments."""
+def seen_after(what: str, *arguments: str, **variables: str) -> list[str]:
+    """The words of a Python list, in a process that ran the program with these arguments and environment variables."""
     code = (
         "import gc, os, sys\n"
         f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
@@ -180,14 +181,19 @@ def seen_after(what: str, *arguments: str) -> list[str]:
         f"finally: print('SEEN', *{what})\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | variables,
+        capture_output=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        check=True,
     )
     return done.stdout.rpartition("SEEN")[2].split()
 
 
-def loaded_by(*arguments: str) -> set[str]:
-    """The modules in a process that ran the program with these arguments."""
-    return set(seen_after("sys.modules", *arguments))
+def loaded_by(*arguments: str, **variables: str) -> set[str]:
+    """The modules in a process that ran the program with these arguments and environment variables."""
+    return set(seen_after("sys.modules", *arguments, **variables))
 
 
 HEAVY = {
@@ -224,12 +230,12 @@ PLAIN = {
 PLAIN_THIRD_PARTIES = {
     *("typer", "annotated_doc", "shellingham"),  # typer and what it needs
     *("llama_cpp", "typing_extensions"),
-    "platformdirs",
+    "platformdirs",  # where LLAMACLI_HOME is not set
 }
 
 
-def test_a_plain_run_loads_what_it_uses_and_nothing_else() -> None:
-    loaded = loaded_by("-m", str(store.bundled()), "-n", "1", "hi")
+def test_a_plain_run_loads_what_it_uses_and_nothing_else(tmp_path: Path) -> None:
+    loaded = loaded_by("-m", str(store.bundled()), "-n", "1", "hi", LLAMACLI_HOME=str(tmp_path))
     ours = {name.removeprefix("llamacli.") for name in loaded if name.startswith("llamacli.")}
     assert ours - PLAIN == set()
     third_parties = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
@@ -238,8 +244,9 @@ def test_a_plain_run_loads_what_it_uses_and_nothing_else() -> None:
     assert not loaded & {"asyncio", "tomllib"}, "no catalogue is read for a path"
 
 
-def test_a_plain_run_does_not_look_for_garbage_while_it_starts() -> None:
-    assert seen_after("[searches() - before]", "-m", "tiny", "-n", "1", "hi") == ["0"]
+def test_a_plain_run_does_not_look_for_garbage_while_it_starts(tmp_path: Path) -> None:
+    home = str(tmp_path)
+    assert seen_after("[searches() - before]", "-m", "tiny", "-n", "1", "hi", LLAMACLI_HOME=home) == ["0"]
 
 
 @pytest.mark.parametrize(("name", "built"), [("run", ["run"]), ("keys", ["keys"]), ("--version", [])])
