@@ -73,7 +73,7 @@ class Course:
         """Raises as launch.load() does."""
         yield from self._busy()
         yield Stage("loading the model")
-        ours = Ours(self.launch, self.notice)
+        ours = Ours(self.launch, self.notice, repack=self.wanted.repack)
         yield Stage("a first look")
         chosen = plan(self.wanted, ours.probe(), limit=self.launch.n_limit, cells=self.launch.max_cells)
         high_level = self._high_level(max(chosen.prompt, *chosen.depths) + chosen.steps + 1, chosen.steps)

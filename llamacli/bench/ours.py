@@ -9,31 +9,51 @@ from time import perf_counter
 from llamacli import launch as launching
 from llamacli import machine
 from llamacli.bench.plan import STREAM_DEPTH, Plan, Probe
+from llamacli.engine import memory
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
-from llamacli.launch import MAX_BATCH, Launch, Notice
+from llamacli.errors import ResourceError
+from llamacli.launch import MAX_BATCH, Choice, Launch, Notice
 from llamacli.rates import Meter
 
 _PROBE = 64  # tokens
 
 
 class Ours:
-    """One thread owns it. Raises as launch.load() does."""
+    """One thread owns it. Raises as launch.load() does.
 
-    def __init__(self, launch: Launch, notice: Notice) -> None:
+    repack   measure with weights that are rewritten for this CPU; a process of its own has those that `run` chooses
+    """
+
+    def __init__(self, launch: Launch, notice: Notice, *, repack: bool = False) -> None:
         self._launch = launch
         self._weights = launching.load(launch, notice)
+        if repack:
+            self._weights = self._rewritten()
         self.threads = launch.settings.threads or machine.usable_cores().threads
         self._meter: Meter | None = None
         self._steps = 0
 
+    def _rewritten(self) -> LlamaWeights:
+        """Raises ResourceError where memory has no room for them."""
+        launch = self._launch
+        host, usable = memory.plan(launch.header, memory.CELLS).host, machine.memory().usable
+        needed = host.total + host.weights
+        if needed > usable:
+            raise ResourceError(
+                f"--repack on needs a second copy of the weights: {needed / 2**30:.1f} GiB of memory in all, "
+                f"{usable / 2**30:.1f} GiB can be used. Leave it out"
+            )
+        launch.choices["repack"] = Choice(True, "as set")
+        return LlamaWeights(launch.file.path, self._options())
+
+    def _options(self) -> LoadOptions:
+        layers, repack = (self._launch.choices[name].value for name in ("gpu_layers", "repack"))
+        return LoadOptions(gpu_layers=layers if isinstance(layers, int) else 0, repack=bool(repack))
+
     def load(self) -> float:
         """Seconds to load the weights, and a context of 512 tokens with them."""
         started = perf_counter()
-        layers = self._launch.choices["gpu_layers"].value
-        options = LoadOptions(
-            gpu_layers=layers if isinstance(layers, int) else 0, repack=bool(self._launch.choices["repack"].value)
-        )
-        weights = LlamaWeights(self._launch.file.path, options)
+        weights = LlamaWeights(self._launch.file.path, self._options())
         self._model(512, 1, weights).close()
         seconds = perf_counter() - started
         weights.close()

@@ -28,12 +28,17 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the user asked for; None is left to the plan. `seconds` is 0 where it may take as long as it takes."""
+    """What the user asked for; None is left to the plan.
+
+    seconds   0 is as long as it takes
+    repack    with weights rewritten for this CPU, as for long answers
+    """
 
     prompt: int | None = None
     depths: tuple[int, ...] | None = None
     streams: tuple[int, ...] = STREAMS
     seconds: float = SECONDS
+    repack: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -432,6 +432,9 @@ def bench(
         str | None, typer.Option(metavar="N,N", help="Tokens before those written. [1024,3000 as time allows]")
     ] = None,
     streams: Annotated[str | None, typer.Option(metavar="N,N", help="Answers at once. [1,2,4,8]")] = None,
+    repack: Annotated[
+        str, typer.Option(metavar="on|off", help="With weights rewritten for this CPU, or as they are in the file.")
+    ] = "off",
     gpu_layers: options.GpuLayers = None,
     require_gpu: options.RequireGpu = None,
     threads: options.Threads = None,
@@ -445,7 +448,7 @@ def bench(
     flags = {name: value for name, value in locals().items() if name in _SETTINGS}
     from llamacli.commands import bench as command
 
-    wishes = command.Wishes(command.wanted(prompt, depths, streams, seconds), compare, as_json)
+    wishes = command.Wishes(command.wanted(prompt, depths, streams, seconds, repack), compare, as_json)
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 

@@ -41,18 +41,21 @@ class _Found:
     notes: list[str] = field(default_factory=list)
 
 
-def wanted(prompt: int | None, depths: str | None, streams: str | None, seconds: float) -> Wanted:
+def wanted(prompt: int | None, depths: str | None, streams: str | None, seconds: float, repack: str) -> Wanted:
     """What to measure, as the command line says it. Raises UsageError."""
     if prompt is not None and prompt < 2:
         raise UsageError(f"--prompt must be 2 or more tokens, not {prompt}")
     if not 0 <= seconds <= 86400:
         raise UsageError(f"--time must be between 0 and 86400 seconds, not {seconds:g}")
+    if repack not in ("on", "off"):
+        raise UsageError(f"--repack must be on or off, not {repack[:40]!r}")
     default = Wanted()
     return Wanted(
         prompt=prompt,
         depths=None if depths is None else _numbers("--depths", depths, 0, 1 << 20),
         streams=default.streams if streams is None else _numbers("--streams", streams, 1, launching.MAX_SERVED),
         seconds=seconds,
+        repack=repack == "on",
     )
 
 

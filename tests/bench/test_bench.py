@@ -93,14 +93,15 @@ def test_a_program_that_fails_is_one_line(command: list[str], why: str) -> None:
 
 
 def test_json_has_every_figure_and_how_it_came_about(llamacli: Run) -> None:
-    done = llamacli("bench", "--json", "-q", "--time", "1", "--streams", "1,3")
+    done = llamacli("bench", "--json", "-q", "--time", "1", "--streams", "1,3", "--repack", "on")
     assert (done.returncode, done.stderr) == (0, "")
     record = json.loads(done.stdout)
     found = [(figure["what"], figure["n"]) for figure in record["figures"]]
     assert found[:4] == [("load", None), ("first token", None), ("prefill", 512), ("decode", 0)]
     assert found[4:] == [("streams", 1), ("streams", 3), ("decode", 720)]
     assert all(figure["ours"]["median"] > 0 and figure["others"] == {} for figure in record["figures"])
-    assert record["settings"]["repack"]["value"] is False and record["model"]["quantization"] == "Q8_0"
+    assert record["settings"]["repack"] == {"value": True, "why": "as set"}
+    assert record["model"]["quantization"] == "Q8_0"
 
 
 @pytest.mark.slow
@@ -125,6 +126,7 @@ def test_others_are_measured_beside_ours(llamacli: Run, environment: dict[str, s
         (["--depths", "-5"], "--depths takes numbers"),
         (["--prompt", "1"], "--prompt must be 2 or more"),
         (["--time", "-1"], "--time must be between 0 and 86400"),
+        (["--repack", "maybe"], "--repack must be on or off, not 'maybe'"),
         (["-m", "nothing"], "there is no model 'nothing'"),
     ],
 )
