@@ -5,6 +5,7 @@ Parses, builds the settings, calls one function, reports. Nothing heavy is impor
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
     *("keys", "usage", "cache", "embed", "tokenize", "config", "bench", "doctor"),
 )
+STARTED_OBJECTS = 50_000  # more than an answer makes until its first word
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 app = typer.Typer(
@@ -58,6 +60,9 @@ def door(started: float) -> None:
         terminal.complete_standard_streams()
         arguments = route(sys.argv[1:])
         leave_only(arguments[0])
+        if arguments[0] == "run":
+            gc.set_threshold(STARTED_OBJECTS, *gc.get_threshold()[1:])
+        gc.enable()
         code = app(args=arguments, prog_name="llamacli", standalone_mode=False) or 0
     except LlamacliError as error:
         terminal.print_line(str(error), sys.stderr)
