@@ -117,6 +117,19 @@ class OurEngine:
         n_tokens = self._finish()
         return (perf_counter() - started - (self._model.seconds - in_model)) / n_tokens
 
+    def steps(self, prompts: Sequence[Sequence[int]], n: int) -> tuple[float, float]:
+        """Seconds of a step that adds a token to every answer, and of that part of it that is not the model's run()."""
+        self._start(prompts, 2 * n)
+        begun: set[int] = set()
+        while len(begun) < len(prompts):
+            begun |= {delta.sequence_id for delta in self._engine.step()}
+        started, in_model = perf_counter(), self._model.seconds
+        for _ in range(n):  # none has ended by then
+            self._engine.step()
+        elapsed, in_model = perf_counter() - started, self._model.seconds - in_model
+        self._finish()
+        return elapsed / n, (elapsed - in_model) / n
+
     def whole(self, prompts: Sequence[Sequence[int]], n: int) -> float:
         """Tokens per second of all answers together, `n` tokens each, from the first prompt's start on."""
         started = perf_counter()

@@ -1,4 +1,4 @@
-"""How long a process takes: until it ends (--version, --help), and until the first byte of an answer.
+"""What a process takes: until it ends (--version, --help), until the first byte of an answer, and of memory.
 
     python -m benchmarks.startup --model tiny
     LLAMA_CPP_BIN=llama.cpp/build/bin python -m benchmarks.startup --model 7b
@@ -22,6 +22,8 @@ from time import perf_counter
 from benchmarks import one_liner
 from benchmarks.inputs import Inputs, inputs, parser
 from benchmarks.sideways import Row, against_each, at_most_more, at_most_times, in_turn, load_average, report
+from llamacli.engine import memory
+from llamacli.gguf import read_header
 
 PROMPT = "[INST] Tell me about llama2 [/INST]"
 N_TOKENS = "4"
@@ -44,12 +46,17 @@ def main() -> None:
     with TemporaryDirectory() as empty:
         environment = _environment(empty)
         rows = _until_the_end(given.n_runs, environment) + _until_the_first_byte(given, environment)
+        rows.append(_memory(given, environment))
     print(report(f"{given.subject}, process start", rows, given.n_runs, load))
 
 
 def _environment(config_home: str) -> Environment:
-    """Ours without the user's own settings, which would change what is measured."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
+    """Ours without the user's own settings, which would change what is measured.
+
+    What Python has compiled is kept, as pip does it when it installs.
+    """
+    ours = ("LLAMACLI_", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"XDG_CONFIG_HOME": config_home}
 
 
@@ -90,6 +97,35 @@ def _one_liners(given: Inputs) -> dict[str, list[str]]:
         commands[COMPLETION] = completion
         commands[COMPLETION_AT_BEST] = [*completion, "--no-repack", "--no-warmup", "-c", "512"]
     return commands
+
+
+def _memory(given: Inputs, environment: Environment) -> Row:
+    """The most memory of the one-liner, mapped weights included, beside what the weights and the KV cache make."""
+    header = read_header(given.path)
+    kv = memory.CELLS * header.kv_bytes_per_token("f16", "f16")  # prompt and answer fit into one block
+    peak = peak_bytes(_one_liners(given)[LLAMACLI], environment)
+    return Row(
+        what="peak memory, against the file, 10 % of it, and its KV cache",
+        unit="MiB",
+        ours=[peak / 2**20],
+        other=[(1.1 * header.file_size + kv) / 2**20],
+        goal=at_most_times(1) if given.is_large else None,
+    )
+
+
+# A process begins with the peak of whoever starts it: that is a small one.
+_PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_bytes(command: Sequence[str], environment: Environment) -> int:
+    """The most that a process has had in memory at once, until its end."""
+    measured = [sys.executable, "-c", _PEAK, *command]
+    done = subprocess.run(measured, env=environment, stdout=subprocess.PIPE, check=True)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def whole_process(command: Sequence[str], environment: Environment) -> float:

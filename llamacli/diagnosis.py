@@ -23,7 +23,7 @@ from llamacli import __version__, launch, machine, tuning_file
 from llamacli.config import TUNING, directories, resolve
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION, bindings, installed_version
-from llamacli.engine.devices import Device, backends, build_features, gpu_devices
+from llamacli.engine.devices import Device, backends, build_features, gpu_devices, placed_on
 from llamacli.errors import EngineError, LlamacliError, ModelError, ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.machine import Gpu
@@ -87,7 +87,7 @@ class Gpus:
 
     @property
     def free(self) -> int:
-        return sum(device.free for device in self.devices or ())
+        return sum(device.free for device in placed_on(self.devices or ()))
 
 
 @dataclass(frozen=True, slots=True)

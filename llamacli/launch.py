@@ -25,6 +25,7 @@ from llamacli.prompt import Message, Prompt, PromptBuilder
 
 if TYPE_CHECKING:
     from llamacli.engine.devices import Device
+    from llamacli.engine.embedding import Embedder
     from llamacli.engine.engine import Engine
     from llamacli.engine.llama import LlamaWeights
     from llamacli.engine.prefixes import Prefixes
@@ -42,6 +43,7 @@ STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
 MIN_PREFIXES = 8  # finished answers that a server keeps in the cache, for the next turn of a conversation
+EMBEDDED_TOGETHER = 16  # texts of a command line, where nobody waits for one of them
 GPU_BUILD = (
     "rebuild the bindings for it: CMAKE_ARGS=-DGGML_{backend}=on "
     "pip install --force-reinstall --no-cache-dir llama-cpp-python=={version}"
@@ -64,6 +66,8 @@ class Launch:
     max_cells: int = 0  # how far the KV cache may grow; set by `load`
     device: str = "CPU"
     layers: int = 0  # on a GPU; -1 is all of them
+    n_devices: int = 1
+    device_bytes: int | None = None  # what the GPUs have for us, where we chose what goes there; set by `place`
     weights: LlamaWeights | None = None
     draft: guessing.Draft | None = None
     speculation: Speculation | None = None
@@ -193,6 +197,15 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
         prefixes=prefixes,
         speculation=speculation,
     )
+
+
+def embedder(launch: Launch, notice: Notice) -> Embedder:
+    """Load the weights for texts that are to become vectors, short ones several at once. Raises as load() does."""
+    from llamacli.engine.embedding import Embedder
+
+    weights = load(launch, notice)
+    _, threads = choices.threads(launch)
+    return Embedder(weights, limit=launch.n_limit, threads=threads, together=EMBEDDED_TOGETHER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,9 +395,13 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
         n_outputs=n_slots + MAX_GUESSED,
         type_k=kv,
         type_v=kv,
+        n_devices=launch.n_devices,
+        device_bytes=launch.device_bytes,
     )
     n_cells = max(n_cells, memory.CELLS)
     room = f"{usable / 2**30:.1f} GiB of memory can be used"
+    if launch.device_bytes is not None:
+        room += f", and {launch.device_bytes / 2**30:.1f} GiB of GPU memory"
     why = f"{contexts} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {contexts} x {limit:,} tokens need more"
     launch.choices["cells"] = Choice(n_cells, why)
     if n_cells < limit:
@@ -441,8 +458,12 @@ def place(launch: Launch, devices: Sequence[Device], present: Sequence[Gpu], not
 
     Raises UsageError where a GPU is required and cannot be had.
     """
+    from llamacli.engine.devices import placed_on
+
     if not devices:
         return _without_gpu(launch, present, notice)
+    devices = placed_on(devices)
+    launch.n_devices = len(devices)
     wish = launch.settings.gpu_layers
     n_all = launch.header.n_layer + 1  # the output layer counts as one
     layers, why = _layers(launch, devices, wish, n_all)
@@ -453,7 +474,8 @@ def place(launch: Launch, devices: Sequence[Device], present: Sequence[Gpu], not
         if wish != "0":
             notice(f"running on the CPU: {why}, not enough for one layer")
         return 0
-    launch.device = f"{devices[0].description or devices[0].name} ({layers}/{n_all} layers)"
+    names = ", ".join(device.description or device.name for device in devices)
+    launch.device = f"{names} ({layers}/{n_all} layers)"
     if layers < n_all and wish == "auto":
         notice(f"{layers} of {n_all} layers on the GPU, the others on the CPU: {why}")
     return -1 if layers == n_all else layers
@@ -464,8 +486,9 @@ def _layers(launch: Launch, devices: Sequence[Device], wish: str, n_all: int) ->
         return n_all, "as set"
     if wish != "auto":
         return min(int(wish), n_all), "as set"
-    free, kv = sum(device.free for device in devices), launch.settings.kv_type
-    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit, type_k=kv, type_v=kv)
+    free, n, kv = sum(device.free for device in devices), len(devices), launch.settings.kv_type
+    launch.device_bytes = memory.device_room(free, n)
+    layers = memory.gpu_layers_that_fit(launch.header, free, launch.n_limit, type_k=kv, type_v=kv, n_devices=n)
     return min(layers, n_all), f"{free / 2**30:.1f} GiB of GPU memory are free"
 
 

@@ -1,6 +1,7 @@
 """How fast a model is on this machine: seconds to load it, to read a prompt, to add a token to each of some streams.
 
-Only what llama.cpp computes is timed: nothing is drawn, and no text is made. Knows no terminal and judges nothing.
+Only what llama.cpp computes is timed: nothing is drawn (but in answer()), and no text is made. Knows no terminal and
+judges nothing.
 
 Every result is a Timing: the seconds of each repeat in the order they were taken, their median, and how far apart they
 lie. A Meter measures a model that is loaded; two of them (other weights, another cache) can take turns.
@@ -17,7 +18,7 @@ from time import perf_counter
 
 from llamacli.engine.llama import LlamaWeights, LoadOptions
 from llamacli.engine.model import Model
-from llamacli.engine.sequence import Chunk, Sequence
+from llamacli.engine.sequence import Chunk, SamplingParams, Sequence
 from llamacli.errors import UsageError
 
 
@@ -100,6 +101,27 @@ class Meter:
             seconds.append(perf_counter() - started)
             for slot in range(streams):
                 self.model.seq_rm(slot, depth, -1)
+        return Timing(tuple(seconds))
+
+    def answer(self, streams: int = 1, *, depth: int = 0, n: int = 8, params: SamplingParams | None = None) -> Timing:
+        """To compute and to draw one more token of each of `streams` sequences, `n` times: as answers are written.
+
+        What decode() measures, with the drawing, and each step a token further. Raises UsageError as it does.
+        """
+        self._check(streams, depth + n, streams)
+        self._fill(streams, depth)
+        sequences = [self._sequence(slot, depth + 1) for slot in range(streams)]
+        samplers = [self.model.sampler(params or SamplingParams(), sequence.tokens) for sequence in sequences]
+        seconds = []
+        for i in range(depth, depth + n):
+            started = perf_counter()
+            rows = self.model.run([Chunk(sequence, i, 1) for sequence in sequences])
+            for sequence, sampler, row in zip(sequences, samplers, rows, strict=True):
+                sequence.tokens.append(sampler.sample(row) or 0)
+            seconds.append(perf_counter() - started)
+        for slot, sampler in enumerate(samplers):
+            sampler.close()
+            self.model.seq_rm(slot, depth, -1)
         return Timing(tuple(seconds))
 
     def _check(self, streams: int, length: int, rows: int) -> None:

@@ -23,6 +23,7 @@ from benchmarks.sideways import (
     table,
     wide_spreads,
 )
+from llamacli.engine.devices import gpu_devices
 from llamacli.gguf import read_header
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,7 @@ def test_the_startup_benchmark_prints_every_row() -> None:
         "llamacli --version, against python -c pass",
         "llamacli --help, against python -c pass",
         "first answer byte, against llama_cpp.Llama at its defaults",
+        "peak memory, against the file, 10 % of it, and its KV cache",
     ]
     assert all(row[1] and row[2] and row[3] for row in rows)
 
@@ -137,6 +139,25 @@ def test_the_throughput_benchmark_prints_every_row() -> None:
     ]
     assert all(row[1] for row in rows)
     assert [row[5] != "" for row in rows] == [True, False, True, False, True, True]
+
+
+def test_the_gpu_benchmark_says_that_there_is_none_and_can_be_tried_without() -> None:
+    if not gpu_devices():
+        command = [sys.executable, "-m", "benchmarks.gpu", "--model", "tiny"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and done.stdout == ""
+        assert "nothing was measured" in done.stderr and "-DGGML_CUDA=on" in done.stderr
+    rows = printed_rows("gpu", "--model", "tiny", "--layers", "0")
+    assert [row[0] for row in rows] == [
+        "prefill of 512 tokens",
+        "decode, one stream",
+        "decode, 32 streams together",
+        "our own time of a step, 1 stream",
+        "its share of the step, 1 stream",
+        "our own time of a step, 32 streams",
+        "its share of the step, 32 streams",
+    ]
+    assert all(row[1] for row in rows)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamacli.errors import LlamacliError
+from llamacli.models import store
 
 PACKAGE = Path(__file__).parents[1] / "llamacli"
 
@@ -43,6 +44,10 @@ FLOORS = [
         *("rates", "together", "splitting", "mapreduce", "stored_prefixes", "tuning", "tuning_file"),
         *("choices", "guessing", "launch", "tuner", "diagnosis", "problems"),
     ],
+    [
+        *("bench.plan", "bench.figures", "bench.children", "bench.high_level"),
+        *("bench.ours", "bench.rivals", "bench.course"),
+    ],
     ["remote.address", "remote.post", "remote.events", "remote.answer"],
     [
         *("documents.document", "documents.decoding", "documents.pdf", "documents.page", "documents.opening"),
@@ -70,7 +75,7 @@ FLOORS = [
     ["presets.preset", "presets.library"],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
     [
-        *("commands.terminal", "commands.table", "commands.progress", "commands.pace"),
+        *("commands.terminal", "commands.table", "commands.progress", "commands.pace", "commands.stages"),
         *("commands.options", "commands.obtain"),
     ],
     [
@@ -79,7 +84,7 @@ FLOORS = [
     ],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
-        "commands.tune",
+        *("commands.embed", "commands.tune", "commands.bench"),
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.presets", "commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
@@ -89,11 +94,12 @@ FLOORS = [
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("documents.__init__", "presets.__init__", "batch.__init__", "commands.__init__", "testing.__init__"),
+    *("documents.__init__", "presets.__init__", "batch.__init__", "bench.__init__", "commands.__init__"),
+    "testing.__init__",
 ]
 # A third-party library's only home.
 HOMES = {
-    "llama_cpp": ["engine.bindings"],
+    "llama_cpp": ["engine.bindings", "bench.high_level"],  # the latter is a program of its own
     "numpy": ["engine.llama", "engine.embedding"],
     "jinja2": ["prompt"],
     "jsonschema": ["schema.checking"],
@@ -104,7 +110,7 @@ HOMES = {
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
     "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.app"],
-    "rich": ["commands.progress", "commands.pace", "commands.table"],
+    "rich": ["commands.progress", "commands.pace", "commands.stages", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],
@@ -176,15 +182,17 @@ def test_a_file_opens_by_saying_what_it_is_for(room: str) -> None:
     assert ast.get_docstring(ast.parse(ROOMS[room].read_text("utf-8")))
 
 
-def loaded_by(*arguments: str, **variables: str) -> set[str]:
-    """The modules in a process that ran the program with these arguments and environment variables."""
+def seen_after(what: str, *arguments: str, **variables: str) -> list[str]:
+    """The words of a Python list, in a process that ran the program with these arguments and environment variables."""
     code = (
-        "import os, sys\n"
+        "import gc, os, sys\n"
         f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
         "os._exit = lambda code: sys.exit(code)\n"
         "import llamacli.__main__ as program\n"
+        "searches = lambda: sum(each['collections'] for each in gc.get_stats())\n"
+        "before = searches()\n"
         "try: program.main()\n"
-        "finally: print('LOADED', *sys.modules)\n"
+        f"finally: print('SEEN', *{what})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -194,7 +202,12 @@ def loaded_by(*arguments: str, **variables: str) -> set[str]:
         stdin=subprocess.DEVNULL,
         check=True,
     )
-    return set(done.stdout.rpartition("LOADED")[2].split())
+    return done.stdout.rpartition("SEEN")[2].split()
+
+
+def loaded_by(*arguments: str, **variables: str) -> set[str]:
+    """The modules in a process that ran the program with these arguments and environment variables."""
+    return set(seen_after("sys.modules", *arguments, **variables))
 
 
 HEAVY = {
@@ -228,6 +241,49 @@ def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use(tmp_pa
     assert not loaded & {"llamacli.tuning", "llamacli.tuning_file"}, "nothing was measured"
     assert not loaded & {"numpy", "jinja2", "llama_cpp.llama", "huggingface_hub", "rich", "pydantic", "asyncio"}
     assert not {name for name in loaded if name.startswith(("llamacli.documents", "llamacli.presets"))}
+
+
+# What an answer to a short prompt takes: whoever adds to it makes every answer start later.
+PLAIN = {
+    *("commands.app", "commands.keeping", "commands.options", "commands.testing_options"),
+    *("commands.run", "commands.question", "commands.deliver", "commands.obtain", "commands.local"),
+    *("commands.terminal", "errors", "config", "launch", "machine", "gguf", "gguf_header", "prompt"),
+    *("models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"),
+    *("engine.bindings", "engine.devices", "engine.memory", "engine.llama", "engine.model", "engine.sampling"),
+    *("engine.sequence", "engine.kv", "engine.scheduler", "engine.engine", "engine.detokenizer", "engine.recall"),
+    *("engine.lookup", "engine.speculation", "engine.draft_model"),
+    *("choices", "guessing", "stored_prefixes", "__main__", "commands", "models", "engine"),
+}
+PLAIN_THIRD_PARTIES = {
+    *("typer", "annotated_doc", "shellingham"),  # typer and what it needs
+    *("llama_cpp", "typing_extensions"),
+    "platformdirs",  # where LLAMACLI_HOME is not set
+}
+
+
+def test_a_plain_run_loads_what_it_uses_and_nothing_else(tmp_path: Path) -> None:
+    loaded = loaded_by("-m", str(store.bundled()), "-n", "1", "hi", LLAMACLI_HOME=str(tmp_path))
+    ours = {name.removeprefix("llamacli.") for name in loaded if name.startswith("llamacli.")}
+    assert ours - PLAIN == set()
+    third_parties = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert third_parties - PLAIN_THIRD_PARTIES <= {"llamacli", "__main__", "_distutils_hack"}
+    assert "llama_cpp.llama_cpp" in loaded and "llama_cpp.llama" not in loaded, "the bindings come light"
+    assert not loaded & {"asyncio", "tomllib"}, "no catalogue is read for a path"
+
+
+def test_a_plain_run_does_not_look_for_garbage_while_it_starts(tmp_path: Path) -> None:
+    home = str(tmp_path)
+    assert seen_after("[searches() - before]", "-m", "tiny", "-n", "1", "hi", LLAMACLI_HOME=home) == ["0"]
+
+
+@pytest.mark.parametrize(("name", "built"), [("run", ["run"]), ("keys", ["keys"]), ("--version", [])])
+def test_only_the_command_that_is_called_gets_its_parser(name: str, built: list[str]) -> None:
+    code = (
+        "import sys, typer.main\nfrom llamacli.commands import app\n"
+        f"app.leave_only({name!r})\nprint(*typer.main.get_command(app.app).commands)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.split() == built
 
 
 def test_every_error_knows_its_exit_code_and_its_http_status() -> None:

@@ -42,6 +42,29 @@ def test_everything_goes_to_a_gpu_with_room_and_nobody_is_bothered(tmp_path: Pat
     assert "100.0 GiB" in launch.choices["gpu_layers"].why
 
 
+def test_layers_are_shared_by_all_gpus_but_those_inside_the_processor(tmp_path: Path) -> None:
+    inside = Device("Vulkan1", "Intel UHD", "integrated GPU", "Vulkan", 64 * GIB, 64 * GIB)
+    launch, notices = prepared(tmp_path)
+    assert place(launch, [device(3 * GIB), inside, device(2 * GIB)], [NVIDIA], notices.append) == -1
+    assert (launch.device, launch.n_devices) == ("NVIDIA H200, NVIDIA H200 (6/6 layers)", 2)
+    assert launch.choices["gpu_layers"].why == "5.0 GiB of GPU memory are free"
+    launch, notices = prepared(tmp_path)
+    assert place(launch, [inside], [], notices.append) == -1
+    assert launch.device == "Intel UHD (6/6 layers)"
+
+
+def test_a_server_on_a_gpu_holds_what_the_gpu_has_room_for(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    whole = memory.plan(launch.header, 1024, gpu_layers=-1).device.total
+    assert place(launch, [device(whole * 8 // 7 + (1 << 20))], [NVIDIA], notices.append) == -1
+    n_cells = launching._served_cells(launch, 4, 12, -1, 64 * GIB, notices.append)
+    assert 1024 <= n_cells < 4 * 1024
+    assert "GPU memory" in launch.choices["cells"].why
+    launch, notices = prepared(tmp_path, gpu_layers="all")  # as set: llama.cpp will say whether it is true
+    place(launch, [device(whole)], [NVIDIA], notices.append)
+    assert launching._served_cells(launch, 4, 12, -1, 64 * GIB, notices.append) == 4 * 1024
+
+
 def test_a_gpu_without_room_is_said_and_not_used(tmp_path: Path) -> None:
     launch, notices = prepared(tmp_path)
     assert place(launch, [device(1 << 20)], [NVIDIA], notices.append) == 0

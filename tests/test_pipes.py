@@ -543,14 +543,14 @@ def test_version_is_the_package_s(llamacli: Run) -> None:
     assert llamacli("--version").stdout == f"llamacli {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["", "run", "config", "tokenize", "doctor", "presets"])
+@pytest.mark.parametrize("command", ["", "run", "config", "embed", "tokenize", "bench", "doctor", "presets"])
 def test_every_help_has_an_example(command: str, llamacli: Run) -> None:
     done = llamacli(*command.split(), "--help")
     assert done.returncode == 0
     assert "Example: " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "config", "tokenize", "doctor", "presets"])
+@pytest.mark.parametrize("command", ["run", "config", "embed", "tokenize", "bench", "doctor", "presets"])
 def test_the_example_in_the_help_works_as_printed(command: str, llamacli: Run, environment: dict[str, str]) -> None:
     example = llamacli(command, "--help").stdout.rpartition("Example: ")[2]
     done = shell(" ".join(example.split()) + " </dev/null", environment)

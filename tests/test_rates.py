@@ -84,6 +84,17 @@ def test_streams_do_not_share_cells_as_prompts_do_that_begin_alike(make_model: M
         real.run([Chunk(other, 0, 64)])  # 3 x 150 of 512 cells are taken
 
 
+def test_an_answer_grows_by_what_is_drawn_and_is_taken_back(make_model: MakeModel) -> None:
+    real = make_model(n_cells=512, n_slots=4, n_batch=64)
+    model = Remembering(real)
+    timing = Meter(model).answer(2, depth=20, n=3)
+    assert len(timing.seconds) == 3 and min(timing.seconds) > 0
+    filling, *steps = model.taken()
+    assert filling == [(0, 0, 20)]
+    assert steps == [[(0, i, 1), (1, i, 1)] for i in (20, 21, 22)]
+    assert [real.n_positions(slot) for slot in range(4)] == [20, 20, 0, 0]
+
+
 def test_fewer_streams_leave_nothing_of_the_others_in_the_cache(make_model: MakeModel) -> None:
     real = make_model(n_cells=512, n_slots=4, n_batch=64)
     meter = Meter(real)

@@ -5,6 +5,7 @@ Parses, builds the settings, calls one function, reports. Nothing heavy is impor
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from llamacli.commands.presets import Asked
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "embed", "bench")
+RESERVED = ("chat",)
 
 COMMANDS = (
     *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
-    *("keys", "usage", "cache", "tune", "presets", "tokenize", "config", "doctor"),
+    *("keys", "usage", "cache", "presets", "embed", "tokenize", "config", "tune", "bench", "doctor"),
 )
+STARTED_OBJECTS = 50_000  # more than an answer makes until its first word
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 app = typer.Typer(
@@ -60,7 +62,12 @@ def door(started: float) -> None:
         if "_LLAMACLI_COMPLETE" in os.environ:
             _complete_as_run(os.environ)
         terminal.complete_standard_streams()
-        code = app(args=route(sys.argv[1:]), prog_name="llamacli", standalone_mode=False) or 0
+        arguments = route(sys.argv[1:])
+        leave_only(arguments[0])
+        if arguments[0] == "run":
+            gc.set_threshold(STARTED_OBJECTS, *gc.get_threshold()[1:])
+        gc.enable()
+        code = app(args=arguments, prog_name="llamacli", standalone_mode=False) or 0
     except LlamacliError as error:
         terminal.print_line(str(error), sys.stderr)
         code = error.exit_code
@@ -123,6 +130,17 @@ def _takes_value() -> dict[str, bool]:
     group: Any = typer.main.get_command(app)
     found = [each for each in group.commands["run"].params if each.param_type_name == "option"]
     return {name: not each.is_flag for each in found for name in each.opts}
+
+
+def leave_only(name: str) -> None:
+    """Forget the other commands, when it is known which one is called: to build the parsers of all takes 25 ms."""
+    if "_LLAMACLI_COMPLETE" in os.environ or name in ("--help", "-h"):
+        return
+    for group in (app, keeping.app):
+        group.registered_commands = [
+            each for each in group.registered_commands if name in (each.name, getattr(each.callback, "__name__", None))
+        ]
+    keeping.app.registered_groups = [each for each in keeping.app.registered_groups if each.name == name]
 
 
 def _complete_as_run(environ: MutableMapping[str, str]) -> None:
@@ -334,6 +352,30 @@ def tokenize(
     )
 
 
+@app.command(epilog='Example: llamacli embed -m tiny "Tell me about llama2"')
+def embed(
+    text: Annotated[str | None, typer.Argument(help="The text; without it, or with -, stdin is read.")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="A vector for each line of stdin.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Vectors of length 1, or as they are computed.")
+    ] = True,
+    model: Model = None,
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    as_json: JsonFlag = False,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Turn a text into a vector: one JSON array of numbers on a line. Llama 2 was not trained for it."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import embed as command
+
+    wishes = command.Wishes(text=text, lines=lines, is_unit=normalize, as_json=as_json)
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
+
+
 @app.command(epilog="Example: llamacli serve -m tiny --port 0 & sleep 3; kill $!; wait $!")
 def serve(
     model: Model = None,
@@ -415,6 +457,41 @@ def serve(
         ready_file=Path(ready_file) if ready_file else None,
         testing=testing,
     )
+    return command.run(resolved(flags).settings, wishes, directories(os.environ))
+
+
+@app.command(epilog="Example: llamacli bench -m tiny --time 2")
+def bench(
+    model: Model = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="llama_cpp.Llama and, where found, llama.cpp's tools beside ours.")
+    ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option("--time", metavar="SECONDS", help="About how long our own side may take; 0 is no limit."),
+    ] = 60.0,
+    prompt: Annotated[int | None, typer.Option(metavar="N", help="Tokens to be read. [512, or fewer]")] = None,
+    depths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens before those written. [1024,3000 as time allows]")
+    ] = None,
+    streams: Annotated[str | None, typer.Option(metavar="N,N", help="Answers at once. [1,2,4,8]")] = None,
+    repack: Annotated[
+        str, typer.Option(metavar="on|off", help="With weights rewritten for this CPU, or as they are in the file.")
+    ] = "off",
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    kv_type: KvType = None,
+    as_json: JsonFlag = False,
+    offline: options.Offline = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Measure how fast a model is here: load, first token, prefill, decode by length, parallel streams."""
+    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
+    from llamacli.commands import bench as command
+
+    wishes = command.Wishes(command.wanted(prompt, depths, streams, seconds, repack), compare, as_json)
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 

@@ -178,6 +178,7 @@ class Local:
         self._job = _Job(launch, params, options, notices, notes, prefixes, form)
         self._progress = _Run(started)
         threading.Thread(target=self._job.work, name="engine", daemon=True).start()
+        from llamacli.engine import engine  # noqa: F401  (what that thread needs next, while it maps the weights)
 
     def ask(self, texts: Texts) -> None:
         self._job.texts.put(texts)

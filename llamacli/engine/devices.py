@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamacli.engine.bindings import bindings
 
-_GPU_KINDS = {1: "GPU", 2: "integrated GPU"}  # ggml-backend.h: enum ggml_backend_dev_type
+_INTEGRATED = "integrated GPU"
+_GPU_KINDS = {1: "GPU", 2: _INTEGRATED}  # ggml-backend.h: enum ggml_backend_dev_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +24,13 @@ class Device:
     total: int
 
 
+def placed_on(devices: Sequence[Device]) -> list[Device]:
+    """Those that llama.cpp puts layers on: integrated ones only where there are no others."""
+    return [each for each in devices if each.kind != _INTEGRATED] or list(devices)
+
+
 def gpu_devices() -> list[Device]:
-    """In llama.cpp's order, which is the order it fills them in."""
+    """All of them, in llama.cpp's order, which is the order it fills them in."""
     lib = bindings().c._lib
     for function in ("ggml_backend_dev_get", "ggml_backend_dev_backend_reg"):
         getattr(lib, function).restype = ctypes.c_void_p

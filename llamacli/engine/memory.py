@@ -50,8 +50,9 @@ class Share:
 class MemoryPlan:
     """A model, a context, and what they take in the machine's memory (`host`) and on the GPU (`device`).
 
-    `gpu_layers` counts as llama.cpp does, the output first, then the layers from the last to the first; 0 is none.
-    `n_outputs` is the number of rows of a batch that may want logits.
+    `gpu_layers` counts as llama.cpp does, the output first, then the layers from the last to the first; 0 is none,
+    -1 is all. `n_outputs` is the number of rows of a batch that may want logits. Of several GPUs each has a compute
+    buffer.
     """
 
     header: Header
@@ -61,6 +62,13 @@ class MemoryPlan:
     type_v: str = "f16"
     gpu_layers: int = 0
     n_outputs: int = 1
+    n_devices: int = 1
+
+    @property
+    def _n_placed(self) -> int:
+        """Layers on the device, the output among them."""
+        n_all = self.header.n_layer + 1
+        return n_all if self.gpu_layers < 0 else min(self.gpu_layers, n_all)
 
     @property
     def n_cells(self) -> int:
@@ -69,14 +77,14 @@ class MemoryPlan:
     @property
     def n_device_layers(self) -> int:
         """Repeating layers on the device."""
-        return min(max(self.gpu_layers - 1, 0), self.header.n_layer)
+        return max(self._n_placed - 1, 0)
 
     @property
     def host(self) -> Share:
         n_layers = self.header.n_layer - self.n_device_layers
         if n_layers:
             converted = self._n_tokens * self.header.n_ff * 2
-            compute = self._graph_bytes(with_output=self.gpu_layers <= 0) + converted
+            compute = self._graph_bytes(with_output=not self._n_placed) + converted
         else:
             compute = self._n_tokens * self.header.n_embd * _F32 + self._mask_bytes
         logits = self.n_outputs * self.header.n_vocab * _F32
@@ -85,14 +93,14 @@ class MemoryPlan:
 
     @property
     def device(self) -> Share:
-        if self.gpu_layers <= 0:
+        if not self._n_placed:
             return Share(0, 0, 0)
         compute = self._graph_bytes(with_output=True)
         if self.n_device_layers < self.header.n_layer:
             # Prompts are computed on the device throughout; weights that live in host memory visit it.
             compute += max((tensor.n_bytes for tensor in self.header.tensors), default=0)
         weights = self._moved_bytes + self._tied_bytes
-        return Share(weights, self._kv_bytes(self.n_device_layers), compute)
+        return Share(weights, self._kv_bytes(self.n_device_layers), compute * self.n_devices)
 
     @property
     def total(self) -> int:
@@ -121,7 +129,7 @@ class MemoryPlan:
     def _moved_bytes(self) -> int:
         """Weights that are on the device and no longer in host memory."""
         n_layer = self.header.n_layer
-        first = max(0, n_layer + 1 - self.gpu_layers)
+        first = n_layer + 1 - self._n_placed
         return sum(tensor.n_bytes for tensor in self.header.tensors if _place(tensor.name, n_layer) >= first)
 
     @property
@@ -166,10 +174,20 @@ def largest_context(
     type_v: str = "f16",
     gpu_layers: int = 0,
     n_outputs: int = 1,
+    n_devices: int = 1,
+    device_bytes: int | None = None,
 ) -> int:
-    """The longest context up to `limit` whose host share fits: a multiple of 256, 0 when none does."""
-    smallest = MemoryPlan(header, CELLS, n_ubatch, type_k, type_v, gpu_layers, n_outputs)
-    return _largest_context(smallest, usable_bytes, limit)
+    """The longest context up to `limit` that fits: a multiple of 256, 0 when none does.
+
+    device_bytes   what must hold the device's share; None: it holds whatever comes
+    """
+    smallest = MemoryPlan(header, CELLS, n_ubatch, type_k, type_v, gpu_layers, n_outputs, n_devices)
+    return _largest_context(smallest, usable_bytes, limit, device_bytes)
+
+
+def device_room(free_bytes: int, n_devices: int = 1) -> int:
+    """Bytes that GPUs have for us. A gibibyte of each stays free for what else uses it, on small ones an eighth."""
+    return free_bytes - min(DEVICE_MARGIN * n_devices, free_bytes // 8)
 
 
 def gpu_layers_that_fit(
@@ -181,13 +199,11 @@ def gpu_layers_that_fit(
     type_k: str = "f16",
     type_v: str = "f16",
     n_outputs: int = 1,
+    n_devices: int = 1,
 ) -> int:
-    """Layers for a GPU with so much free memory; n_layer + 1 is everything, the output among it.
-
-    A gibibyte stays free for what else uses the GPU, on small ones an eighth of what is free.
-    """
-    room = free_device_bytes - min(DEVICE_MARGIN, free_device_bytes // 8)
-    on_host = MemoryPlan(header, n_ctx, n_ubatch, type_k, type_v, 0, n_outputs)
+    """Layers for GPUs with so much free memory together; n_layer + 1 is everything, the output among it."""
+    room = device_room(free_device_bytes, n_devices)
+    on_host = MemoryPlan(header, n_ctx, n_ubatch, type_k, type_v, 0, n_outputs, n_devices)
 
     def fits(gpu_layers: int) -> bool:
         return replace(on_host, gpu_layers=gpu_layers).device.total <= room
@@ -197,9 +213,10 @@ def gpu_layers_that_fit(
     return everything if fits(everything) else _last(fits, everything - 1)
 
 
-def _largest_context(plan: MemoryPlan, usable_bytes: int, limit: int) -> int:
+def _largest_context(plan: MemoryPlan, usable_bytes: int, limit: int, device_bytes: int | None = None) -> int:
     def fits(blocks: int) -> bool:
-        return replace(plan, n_ctx=blocks * CELLS).host.total <= usable_bytes
+        longer = replace(plan, n_ctx=blocks * CELLS)
+        return longer.host.total <= usable_bytes and (device_bytes is None or longer.device.total <= device_bytes)
 
     return _last(fits, limit // CELLS) * CELLS
 

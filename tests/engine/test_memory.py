@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacli.engine.memory import check, gpu_layers_that_fit, largest_context, plan
+from llamacli.engine.memory import check, device_room, gpu_layers_that_fit, largest_context, plan
 from llamacli.errors import ResourceError
 from llamacli.gguf import Header, Tensor, read_header
 from llamacli.gguf_header import TENSOR_TYPES
@@ -254,6 +254,26 @@ def test_with_everything_on_the_gpu_only_the_embeddings_stay_behind() -> None:
     embeddings = next(tensor.n_bytes for tensor in LLAMA_7B.tensors if tensor.name == "token_embd.weight")
     assert (whole.host.weights, whole.host.kv) == (embeddings, 0)
     assert plan(LLAMA_7B, 4096, gpu_layers=99).device == whole.device
+
+
+def test_all_layers_may_be_said_as_llama_cpp_says_it() -> None:
+    assert plan(LLAMA_7B, 4096, gpu_layers=-1).device == plan(LLAMA_7B, 4096, gpu_layers=33).device
+    assert plan(LLAMA_7B, 4096, gpu_layers=-1).host.total < GIB
+    check(plan(LLAMA_70B, 4096, gpu_layers=-1), 2 * GIB)
+
+
+def test_several_gpus_keep_a_margin_and_a_compute_buffer_each() -> None:
+    one, two = (gpu_layers_that_fit(LLAMA_7B, 5 * GIB, 4096, n_devices=n) for n in (1, 2))
+    assert 0 < two < one < 33
+    assert device_room(48 * GIB, 2) == 46 * GIB
+    assert gpu_layers_that_fit(LLAMA_70B, 48 * GIB, 4096, n_devices=2) == 81
+
+
+def test_a_context_fits_where_its_cells_are() -> None:
+    longest = largest_context(LLAMA_7B, 64 * GIB, 1 << 20, gpu_layers=33, device_bytes=6 * GIB)
+    assert plan(LLAMA_7B, longest, gpu_layers=33).device.total <= 6 * GIB
+    assert plan(LLAMA_7B, longest + 256, gpu_layers=33).device.total > 6 * GIB
+    assert largest_context(LLAMA_7B, 64 * GIB, 1 << 14, gpu_layers=33) == 1 << 14
 
 
 def test_the_first_layer_for_a_gpu_is_the_output() -> None:

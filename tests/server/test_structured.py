@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from conftest import Run
 from test_serve import Server, running
 
 PERSON = {
@@ -202,6 +203,14 @@ def test_an_embedding_is_of_its_own_text_alone(client: openai.OpenAI) -> None:
     among = client.embeddings.create(model="tiny", input=[long, "the same text", long])
     assert among.data[1].embedding == pytest.approx(alone, abs=1e-4)
     assert among.data[0].embedding == among.data[2].embedding
+
+
+def test_the_embed_command_prints_the_same_numbers(client: openai.OpenAI, server: Server, llamacli: Run) -> None:
+    texts = ["Llama 2 is a language model", "word " * 300]
+    served = [client.embeddings.create(model="tiny", input=text, encoding_format="float") for text in texts]
+    printed = [json.loads(llamacli("embed", "--json", text).stdout) for text in texts]
+    assert [each["embeddings"][0] for each in printed] == [each.data[0].embedding for each in served]
+    assert [each["usage"]["prompt_tokens"] for each in printed] == [each.usage.prompt_tokens for each in served]
 
 
 def test_token_ids_are_embedded_as_they_are(client: openai.OpenAI) -> None:
