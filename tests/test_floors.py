@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -16,8 +18,9 @@ PACKAGE = Path(__file__).parents[1] / "llamacli"
 # From the ground up. A room may import rooms on lower floors, and those on its own floor that stand before it.
 FLOORS = [
     ["errors", "__init__"],
-    ["config", "machine", "gguf_header", "gguf"],
-    ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
+    ["database", "config", "machine", "gguf_header", "gguf"],
+    ["engine.recall", "prompt", "conversation", "engine.sequence", "engine.detokenizer"],
+    ["sessions.session", "sessions.archive"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
         *("schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
@@ -63,21 +66,28 @@ FLOORS = [
         *("commands.options", "commands.obtain"),
     ],
     [
-        *("commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"),
-        "commands.parts",
+        *("commands.deliver", "commands.question", "commands.journal"),
+        *("commands.local", "commands.remote", "commands.attach", "commands.parts"),
     ],
     [
-        *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
+        *(
+            "commands.config",
+            "commands.tokenize",
+            "commands.doctor",
+            "commands.keys",
+            "commands.cache",
+            "commands.logs",
+        ),
         *("commands.ready_file", "commands.rehearsal"),
         *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
-    ["commands.testing_options", "commands.keeping", "commands.app"],
+    ["commands.testing_options", "commands.keeping", "commands.talking", "commands.app"],
     ["__main__"],
     ["testing.api", "testing.process", "testing.plugin"],
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
-    *("batch.__init__", "commands.__init__", "testing.__init__"),
+    *("sessions.__init__", "batch.__init__", "commands.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -86,12 +96,12 @@ HOMES = {
     "jinja2": ["prompt"],
     "jsonschema": ["schema.checking"],
     "platformdirs": ["config"],
-    "sqlite3": ["server.ledger"],
+    "sqlite3": ["database"],
     "prometheus_client": ["server.metrics"],
     "uvicorn": ["server.listen"],
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
-    "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.app"],
+    "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.talking", "commands.app"],
     "rich": ["commands.progress", "commands.pace", "commands.table"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
@@ -165,15 +175,22 @@ def loaded_by(*arguments: str) -> set[str]:
     """The modules in a process that ran the program with these arguments."""
     code = (
         "import os, sys\n"
+        "out = os.dup(1)\n"
         f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
         "os._exit = lambda code: sys.exit(code)\n"
         "import llamacli.__main__ as program\n"
         "try: program.main()\n"
-        "finally: print('LOADED', *sys.modules)\n"
+        "finally: os.write(out, ' '.join(['LOADED', *sys.modules]).encode())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL, check=True
-    )
+    with TemporaryDirectory() as home:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            encoding="utf-8",
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"LLAMACLI_HOME": home},
+            check=True,
+        )
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 

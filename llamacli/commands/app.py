@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from llamacli import __version__
-from llamacli.commands import keeping, options, testing_options
+from llamacli.commands import keeping, options, talking, testing_options
 from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, resolved
 from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
@@ -25,7 +25,7 @@ from llamacli.errors import LlamacliError, ResourceError, UsageError
 RESERVED = ("chat", "embed", "tune", "bench")
 
 COMMANDS = (
-    *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
+    *("run", "logs", "batch", "serve", "pull", "list", "show", "rm", "verify"),
     *("keys", "usage", "cache", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
@@ -176,6 +176,9 @@ def run(
     schema: options.Schema = None,
     json_object: options.JsonObject = False,
     choices: options.Choices = None,
+    goes_on: options.GoesOn = False,
+    session: options.SessionName = None,
+    log: options.Log = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the run instead.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     show_prompt: Annotated[
@@ -213,6 +216,8 @@ def run(
         schema=schema,
         json_object=json_object,
         choices=choices,
+        goes_on=goes_on,
+        session=session,
     )
     return command.run(resolved(flags), wishes, directories(os.environ), started=_State.started)
 
@@ -388,6 +393,7 @@ def doctor(as_json: JsonFlag = False) -> int:
     return command.run(os.environ, as_json=as_json)
 
 
+app.add_typer(talking.app)
 app.add_typer(keeping.app)
 
 
