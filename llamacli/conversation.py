@@ -55,6 +55,10 @@ class Conversation:
         self._teach()
         return self.builder.build([*self._messages(len(self.exchanges)), Message("user", question)])
 
+    def before(self) -> list[Message]:
+        """What stands before the first exchange."""
+        return self._messages(0)
+
     def add(self, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
 

@@ -68,6 +68,8 @@ FLOORS = [
     [
         *("commands.deliver", "commands.question", "commands.journal"),
         *("commands.local", "commands.remote", "commands.attach", "commands.parts"),
+        *("commands.slash", "commands.resident", "commands.face", "commands.rendering", "commands.editor"),
+        *("commands.reading", "commands.minutes", "commands.talk"),
     ],
     [
         *(
@@ -79,6 +81,7 @@ FLOORS = [
             "commands.logs",
         ),
         *("commands.ready_file", "commands.rehearsal"),
+        "commands.chat",
         *("commands.run", "commands.batch", "commands.models", "commands.serve"),
     ],
     ["commands.testing_options", "commands.keeping", "commands.talking", "commands.app"],
@@ -102,7 +105,9 @@ HOMES = {
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
     "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.talking", "commands.app"],
-    "rich": ["commands.progress", "commands.pace", "commands.table"],
+    "rich": ["commands.progress", "commands.pace", "commands.table", "commands.rendering"],
+    "markdown_it": ["commands.rendering"],
+    "prompt_toolkit": ["commands.editor"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],
@@ -205,6 +210,7 @@ HEAVY = {
     "asyncio",
     "fastapi",
     "sqlite3",
+    "prompt_toolkit",
 }
 
 

@@ -22,10 +22,10 @@ from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError, UsageError
 
 # Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat", "embed", "tune", "bench")
+RESERVED = ("embed", "tune", "bench")
 
 COMMANDS = (
-    *("run", "logs", "batch", "serve", "pull", "list", "show", "rm", "verify"),
+    *("run", "chat", "logs", "batch", "serve", "pull", "list", "show", "rm", "verify"),
     *("keys", "usage", "cache", "tokenize", "config", "doctor"),
 )
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,11 +76,17 @@ def known_as(file: ModelFile) -> str:
     return str(file.path.resolve()) if file.home == "path" else file.name
 
 
+def in_context(session: Session, turns: Sequence[Turn]) -> list[Turn]:
+    """Those that the model is to see."""
+    return [turn for turn in turns if turn.answer is not None and turn.id >= session.start]
+
+
 class Journal:
     """Of one run.
 
     session   that goes on; None for a conversation of one turn
     turns     the ones before, as far as the model is to see them
+    writes    whether anything is kept
 
     Raises UsageError and ResourceError for a session that is asked for and cannot be read.
     """
@@ -92,10 +98,11 @@ class Journal:
         self._asked = time.time()
         self.session: Session | None = None
         self.turns: list[Turn] = []
-        self._writes = resolved.settings.log
+        self.unanswered: Turn | None = None  # the last question, if it was left without an answer
+        self.writes = resolved.settings.log
         if options.has_session:
             # A session that is asked for is written to, whatever the config file says of other answers.
-            self._writes = self._writes or resolved.sources["log"].kind != "flag"
+            self.writes = self.writes or resolved.sources["log"].kind != "flag"
             self._open(options)
 
     def _open(self, options: RunOptions) -> None:
@@ -113,12 +120,13 @@ class Journal:
                 found = archive.named(checked_name(options.session))
             if found is None:
                 assert options.session is not None
-                if not self._writes:
+                if not self.writes:
                     raise UsageError(f"there is no session {options.session!r}, and --no-log forbids to begin it")
                 found = Session(name=checked_name(options.session))
             turns = archive.turns(found) if found.id else []
         self.session = found
-        self.turns = [turn for turn in turns if turn.answer is not None and turn.id >= found.start]
+        self.turns = in_context(found, turns)
+        self.unanswered = turns[-1] if turns and turns[-1].answer is None else None
 
     def settings(self, settings: Settings) -> Settings:
         """With the session's model and system prompt, where the command line names no others."""
@@ -145,7 +153,7 @@ class Journal:
         is_over   False when something has ended it early
         """
         outcome = told.outcome()
-        if not self._writes or not (heard.text or outcome.finish_reason):
+        if not self.writes or not (heard.text or outcome.finish_reason):
             return
         terminal.end_stdout()
         try:

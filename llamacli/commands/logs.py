@@ -57,9 +57,21 @@ def show(path: Path, reference: str, *, as_json: bool) -> int:
         if turn is first and turn is not turns[0]:
             before = f"; in short: {session.summary}" if session.summary else ""
             lines += ["", f"[what stands above had no room in the context any more{before}]"]
-        lines += ["", f"[{_time(turn.asked)}] > {turn.question}", "", _said(turn)]
+        lines += ["", f"[{_time(turn.asked)}]", shown_turn(turn)]
     _write("\n".join(lines))
     return 0
+
+
+def shown_turn(turn: Turn) -> str:
+    """The question behind a mark, and the answer."""
+    return f"> {turn.question}\n\n{_said(turn)}"
+
+
+def titles(listings: list[Listing]) -> str:
+    """A line for each session."""
+    rows = (_row(each, None) for each in listings)
+    lines = (f"  {number:>4}  {name:<12}  {used}  {said}" for number, name, used, _, _, said in rows)
+    return "\n".join(lines) or "none is kept"
 
 
 def rename(path: Path, reference: str, name: str) -> int:

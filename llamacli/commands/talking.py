@@ -10,10 +10,53 @@ from typing import Annotated
 
 import typer
 
-from llamacli.commands.options import JsonFlag, Quiet
-from llamacli.config import directories
+from llamacli.commands import options
+from llamacli.commands.options import JsonFlag, Quiet, resolved
+from llamacli.config import RULES, directories
 
 app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command(epilog="Example: printf 'Hello\\nWho made Llama 2?\\n' | llamacli chat -m tiny")
+def chat(
+    model: options.Model = None,
+    system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt; @FILE reads a file.")] = None,
+    goes_on: options.GoesOn = False,
+    session: options.SessionName = None,
+    log: options.Log = None,
+    when_full: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ask|drop|summarise", help="What becomes of the oldest turns when the context is full. [ask]"
+        ),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Leave answers as they come: no rendered Markdown.")] = False,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every answer. [random]")] = None,
+    stop: options.Stops = None,
+    ctx_size: options.CtxSize = None,
+    gpu_layers: options.GpuLayers = None,
+    require_gpu: options.RequireGpu = None,
+    threads: options.Threads = None,
+    kv_type: options.KvType = None,
+    offline: options.Offline = None,
+    no_cache: options.NoCache = None,
+    cache_size: options.CacheSize = None,
+    quiet: options.QuietSetting = None,
+    verbose: options.VerboseSetting = None,
+) -> int:
+    """Converse. Enter sends, /help shows the commands; from a pipe each line is a question."""
+    flags = {name: value for name, value in locals().items() if name in RULES}
+    from llamacli.commands import chat as command
+    from llamacli.commands.question import RunOptions
+
+    wishes = RunOptions(stop=tuple(stop or ()), goes_on=goes_on, session=session)
+    return command.run(resolved(flags), wishes, directories(os.environ), is_plain=plain)
 
 
 logs = typer.Typer(

@@ -133,10 +133,10 @@ class Archive(Database):
             self.write(f"UPDATE turns SET {columns} WHERE id = ?", [_safe((*_answer(turn), turn.id))])
             self.write("UPDATE sessions SET updated = ? WHERE id = ?", [(time(), session.id)])
 
-    def replaced(self, turn: Turn) -> None:
-        """A turn is no part of its conversation any more."""
+    def replaced(self, turn: int) -> None:
+        """The turn of this id is no part of its conversation any more."""
         with self.transaction():
-            self.write("UPDATE turns SET is_replaced = 1 WHERE id = ?", [(turn.id,)])
+            self.write("UPDATE turns SET is_replaced = 1 WHERE id = ?", [(turn,)])
 
     def keep(self, session: Session) -> Session:
         """Write what is known of a session. Raises UsageError for a name that another one has."""

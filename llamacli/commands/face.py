@@ -1,0 +1,95 @@
+"""What a chat needs of those who read and write it; and the face that it shows to a pipe: a line each, answers bare."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llamacli.commands import terminal
+from llamacli.commands.resident import Reply, Resident
+from llamacli.commands.slash import is_open
+from llamacli.commands.terminal import MAX_INPUT, Answer, Notices
+from llamacli.engine.sequence import Delta
+from llamacli.errors import InputTooLong
+
+
+@dataclass(slots=True)
+class Said:
+    """An answer as far as it has come. `end` is its last delta."""
+
+    text: str = ""
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    end: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        if delta.token is not None:
+            self.tokens.append(delta.token)
+        if delta.finish_reason is not None:
+            self.end = delta
+
+
+class Face(Protocol):
+    """Where questions come from and answers go to.
+
+    is_asked   somebody can be asked, and told at length
+    """
+
+    is_asked: bool
+
+    def read(self, prefilled: str = "") -> str | None:
+        """The next thing that was typed. None at the end."""
+
+    def answer(self, reply: Reply, resident: Resident) -> Said:
+        """Show an answer while it comes. Ctrl-C may stop it, which its end then says."""
+
+    def choose(self, question: str, choices: str) -> str:
+        """One of these letters. The last of them where nothing is chosen."""
+
+    def show(self, text: str) -> None:
+        """Something that was asked for: lines beside the answers."""
+
+
+class Pipe:
+    """stdin a line for each question, stdout an answer for each. What else there is to say goes to stderr."""
+
+    is_asked = False
+
+    def __init__(self, notices: Notices) -> None:
+        self._notices = notices
+
+    def read(self, prefilled: str = "") -> str | None:
+        text = ""
+        while True:
+            raw = sys.stdin.buffer.readline(MAX_INPUT + 1)
+            if len(raw) > MAX_INPUT:
+                raise InputTooLong(f"a line on standard input is longer than {MAX_INPUT >> 20} MiB")
+            text += terminal.decoded(raw, "standard input", self._notices)
+            if not raw:
+                return text if text.strip() else None
+            if text.strip() and not is_open(text.rstrip("\r\n")):
+                return text.rstrip("\r\n")
+
+    def answer(self, reply: Reply, resident: Resident) -> Said:
+        answer, said = Answer(), Said()
+        try:
+            while said.end is None:
+                delta = reply.get()
+                said.add(delta)
+                if delta.text:
+                    answer.write(delta.text)
+        except KeyboardInterrupt:
+            resident.stop(reply)
+            while said.end is None:
+                said.add(reply.get())
+        answer.end()
+        return said
+
+    def choose(self, question: str, choices: str) -> str:
+        return choices[-1]
+
+    def show(self, text: str) -> None:
+        for line in text.splitlines():
+            self._notices.say(line)
