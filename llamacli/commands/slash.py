@@ -9,25 +9,25 @@ from llamacli.errors import UsageError
 
 QUOTES = '"""'
 COMMANDS = {
-    "system": ("[TEXT|@FILE|-]", "show the system prompt, or set it; - takes it away"),
+    "system": ("[TEXT|@FILE|-]", "show or set the system prompt; - takes it away"),
     "model": ("[NAME]", "show the model, or go on with another"),
-    "file": ("PATH [QUESTION]", "put a text file before your question, or before the next one"),
+    "file": ("PATH [QUESTION]", "put a text file before this or the next question"),
     "retry": ("", "answer the last question again"),
     "edit": ("[TEXT]", "change the last question and ask it again"),
-    "save": ("[NAME]", "give this conversation a name, for /load, --session and llamacli logs"),
-    "load": ("[NAME|ID]", "go on with a conversation that was kept; without one: list them"),
+    "save": ("[NAME]", "keep this conversation under a name"),
+    "load": ("[NAME|ID]", "go on with a kept conversation, or list them"),
     "tokens": ("", "show what the conversation takes of the context"),
-    "clear": ("", "begin a new conversation; the old one stays in llamacli logs"),
+    "clear": ("", "begin a new one; this one stays in llamacli logs"),
     "help": ("", "show this"),
     "quit": ("", "leave, as Ctrl-D does"),
 }
 _ALIASES = {"exit": "quit", "bye": "quit", "q": "quit", "?": "help"}
 _COMMAND = re.compile(r"/(\?|[A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 _TYPING = (
-    ("Enter", "sends; Alt-Enter, or a \\ at the end of a line, begins a new line"),
-    (QUOTES, f"begins a text of several lines, up to the next {QUOTES}"),
+    ("Enter", "sends; Alt-Enter, or \\ at the end, begins a new line"),
+    (QUOTES, f"begins a text of several lines, {QUOTES} ends it"),
     ("//text", 'sends "/text"'),
-    ("Ctrl-C", "stops an answer and keeps what there is of it; while you type, clears the line"),
+    ("Ctrl-C", "stops an answer and keeps what there is of it"),
     ("Ctrl-D", "leaves"),
     ("Up, Ctrl-R", "what was typed before, and search in it"),
 )

@@ -118,9 +118,11 @@ class Archive(Database):
 
         Returns both with their ids.
         """
+        now = time()
+        turn = replace(turn, asked=turn.asked or now)
         with self.transaction():
-            session = self._written(replace(session, updated=time()))
-            values = (session.id, turn.question, turn.asked or session.updated, *_answer(turn))
+            session = self._written(replace(session, updated=now))
+            values = (session.id, turn.question, turn.asked, *_answer(turn))
             marks = ", ".join("?" * len(values))
             statement = f"INSERT INTO turns (session, question, asked, {_ANSWER}) VALUES ({marks})"
             turn = replace(turn, id=self.insert(statement, _safe(values)))
@@ -169,11 +171,12 @@ class Archive(Database):
             found = self.named(session.name)
             if found is not None:
                 session = replace(session, id=found.id, created=found.created)
+        session = replace(session, created=session.created or time())
         folded = session.name.casefold() if session.name is not None else None
         values = _safe(
             (
                 *(session.id or None, session.name, session.model, session.system),
-                *(session.created or time(), session.updated or time(), session.start, session.summary, folded),
+                *(session.created, session.updated or time(), session.start, session.summary, folded),
             )
         )
         new = self.insert(
