@@ -55,6 +55,17 @@ class Conversation:
         self._teach()
         return self.builder.build([*self._messages(len(self.exchanges)), Message("user", question)])
 
+    @property
+    def n_tokens(self) -> int:
+        """What the last prompt and its answer took."""
+        if not self.exchanges:
+            return 0
+        self._teach()
+        last = self.exchanges[-1]
+        prompt = self.builder.build([*self._messages(len(self.exchanges) - 1), Message("user", last.question)])
+        written = self._spelt(last)
+        return len(prompt.tokens) + len(self.builder.tokenizer.tokenize(last.answer) if written is None else written)
+
     def before(self) -> list[Message]:
         """What stands before the first exchange."""
         return self._messages(0)

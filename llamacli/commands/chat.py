@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 from llamacli.commands import question as asking
 from llamacli.commands import slash, terminal
@@ -50,13 +51,29 @@ def run(resolved: Resolved, options: RunOptions, places: Directories, *, is_plai
     talks: list[Talk] = []
     history = places.data / HISTORY if journal.writes else None
     face = _face(history, notices, lambda: talks[0].status() if talks else "", is_plain=is_plain)
-    talk = Talk(settings, options, file, face, minutes, notices, notes, places)
-    talks.append(talk)
-    unanswered = [journal.unanswered] if journal.unanswered else []
-    talk.take_up(session, [*journal.turns, *unanswered])
+    try:
+        _prepare_signals(face)
+        talk = Talk(settings, options, file, face, minutes, notices, notes, places)
+        talks.append(talk)
+        unanswered = [journal.unanswered] if journal.unanswered else []
+        talk.take_up(session, [*journal.turns, *unanswered])
+        return Chat(talk, face, notices, is_quiet=settings.quiet).go_on()
+    finally:
+        face.close()
+
+
+def _prepare_signals(face: Face) -> None:
+    """Ctrl-C is heard; what ends the program leaves the terminal as it was."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        face.close()
+        terminal.die_of(signal.Signals(number))
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return Chat(talk, face, notices, is_quiet=settings.quiet).go_on()
 
 
 def _face(history: Path | None, notices: Notices, status: Callable[[], str], *, is_plain: bool) -> Face:

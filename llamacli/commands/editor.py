@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import termios
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -40,6 +41,7 @@ class AtTerminal:
     is_asked = True
 
     def __init__(self, history: Path | None, status: Callable[[], str], *, sets: bool) -> None:
+        self._keyboard = _Keyboard()
         self._status = status
         self._to_stdout = os.isatty(terminal.STDOUT)
         self._sets = sets and self._to_stdout and not is_dumb()
@@ -55,7 +57,8 @@ class AtTerminal:
             refresh_interval=0.5,  # the model may still be loading
             style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}),
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
-            output=create_output(stdout=sys.stdout if self._to_stdout else sys.stderr),
+            # A dumb terminal gets prompt-toolkit's own way with such, unless it is given an output.
+            output=None if is_dumb() else create_output(stdout=sys.stdout if self._to_stdout else sys.stderr),
         )
 
     def read(self, prefilled: str = "") -> str | None:
@@ -74,27 +77,27 @@ class AtTerminal:
         said = Said()
         out = Setting(self._write, _window, sets=self._sets) if self._to_stdout else None
         bare = Answer()
-        with _quiet_keyboard():
-            try:
-                while said.end is None:
-                    delta = reply.get()
-                    said.add(delta)
-                    if delta.text:
-                        out.feed(delta.text) if out else bare.write(delta.text)
-            except KeyboardInterrupt:
-                resident.stop(reply)
-                while said.end is None:
-                    said.add(reply.get())
-            out.end() if out else bare.end()
+        try:
+            while said.end is None:
+                delta = reply.get()
+                said.add(delta)
+                if delta.text:
+                    out.feed(delta.text) if out else bare.write(delta.text)
+        except KeyboardInterrupt:
+            resident.stop(reply)
+            while said.end is None:
+                said.add(reply.get())
+        out.end() if out else bare.end()
         if out:
             self._write("\n")
         return said
 
     def choose(self, question: str, choices: str) -> str:
-        session: PromptSession[str] = PromptSession(output=self._session.app.output)
+        session: PromptSession[str] = PromptSession(output=None if is_dumb() else self._session.app.output)
+        self.show(question)
         while True:
             try:
-                chosen = session.prompt(f"{harmless(question)} [{'/'.join(choices)}] ").strip().lower()[:1]
+                chosen = session.prompt(f"[{'/'.join(choices)}] ").strip().lower()[:1]
             except (KeyboardInterrupt, EOFError):
                 return choices[-1]
             if chosen and chosen in choices:
@@ -104,6 +107,9 @@ class AtTerminal:
         where = sys.stdout if self._to_stdout else sys.stderr
         where.write(f"{harmless(text)}\n")
         where.flush()
+
+    def close(self) -> None:
+        self._keyboard.restore()
 
     def _toolbar(self) -> FormattedText:
         return FormattedText([("", harmless(self._status()))])
@@ -173,18 +179,22 @@ def _window() -> os.terminal_size:
     return found if found.columns and found.lines else os.terminal_size((80, 24))
 
 
-@contextmanager
-def _quiet_keyboard() -> Iterator[None]:
-    """What is typed while an answer comes is not shown in the middle of it: it waits for the next line."""
-    try:
-        before = termios.tcgetattr(terminal.STDIN)
-    except termios.error:
-        yield
-        return
-    quiet = termios.tcgetattr(terminal.STDIN)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, before)
+class _Keyboard:
+    """What is typed while an answer comes is not shown in the middle of it: it waits for the next line.
+
+    Nothing happens where stdin is no terminal.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[Any] | None = None
+        with suppress(termios.error):
+            self._found = termios.tcgetattr(terminal.STDIN)
+            quiet = termios.tcgetattr(terminal.STDIN)
+            quiet[0] &= ~termios.ICRNL
+            quiet[3] &= ~(termios.ECHO | termios.ICANON)
+            termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, quiet)
+
+    def restore(self) -> None:
+        if self._found is not None:
+            with suppress(termios.error):
+                termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, self._found)

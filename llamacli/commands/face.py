@@ -51,6 +51,9 @@ class Face(Protocol):
     def show(self, text: str) -> None:
         """Something that was asked for: lines beside the answers."""
 
+    def close(self) -> None:
+        """Leave everything as it was found."""
+
 
 class Pipe:
     """stdin a line for each question, stdout an answer for each. What else there is to say goes to stderr."""
@@ -89,6 +92,9 @@ class Pipe:
 
     def choose(self, question: str, choices: str) -> str:
         return choices[-1]
+
+    def close(self) -> None:
+        pass
 
     def show(self, text: str) -> None:
         for line in text.splitlines():

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from llamacli.commands.terminal import Notices
 from llamacli.errors import LlamacliError
-from llamacli.sessions.archive import Archive
+from llamacli.sessions.archive import PATIENCE, Archive
 from llamacli.sessions.session import Session, Turn
 
 T = TypeVar("T")
+SHORT_PATIENCE = 0.1  # seconds
 
 
 class Minutes:
@@ -104,7 +105,8 @@ class Minutes:
 
     def _try(self, write: Callable[[Archive], T], otherwise: T) -> T:
         try:
-            with Archive(self._path) as archive:
+            # While it cannot be had, nobody waits for it again and again.
+            with Archive(self._path, patience=SHORT_PATIENCE if self._said else PATIENCE) as archive:
                 done = write(archive)
         except LlamacliError as error:
             if str(error) != self._said:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from llamacli import launch as launching
 from llamacli.commands import question as asking
@@ -105,7 +106,7 @@ class Talk:
                 system=self.settings.system,
                 summary=self.minutes.session.summary,
             )
-            self._n_tokens = len(self._conversation.prompt("?").tokens) - 1 if self.turns else 0
+            self._n_tokens = self._conversation.n_tokens
         return self._conversation
 
     def change_model(self, name: str) -> None:
@@ -249,10 +250,10 @@ class Talk:
         n_tokens, chosen = len(conversation.prompt(text).tokens), self.settings.when_full
         turns = "oldest turn" if n == 1 else f"{n} oldest turns"
         if chosen == "ask":
-            state = f"the conversation is {n_tokens:,} tokens with this; {room:,} fit beside an answer"
+            state = f"the context is full: {n_tokens:,} tokens with this, and {room:,} fit beside an answer"
             if not self._face.is_asked:
                 raise InputTooLong(f"{state}. Say --when-full drop or summarise, or begin a new one with /clear")
-            letter = self._face.choose(f"{state}. The {turns}: drop, summarise, or send nothing?", "dsn")
+            letter = self._face.choose(f"{state}. Drop the {turns}, summarise, or send nothing?", "dsn")
             if letter == "n":
                 raise UsageError("nothing was sent: /clear begins a new conversation, /tokens shows this one")
             chosen = {"d": "drop", "s": "summarise"}[letter]
@@ -293,7 +294,7 @@ class Talk:
         """Put a file before the next question. Returns what to say of it. Raises UsageError."""
         text = text_of(path)
         tokens = self._ready().builder.tokenizer.tokenize(text)
-        self._documents.append((path, text))
+        self._documents.append((Path(path).name, text))
         return f"{path}: {len(tokens):,} tokens, before your next question"
 
     def change_system(self, system: str | None) -> None:
