@@ -48,9 +48,9 @@ def main() -> None:
 
 
 def _environment(config_home: str) -> Environment:
-    """Ours without the user's own settings, which would change what is measured."""
+    """Ours without the user's own settings, which would change what is measured; logs go elsewhere."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
-    return kept | {"XDG_CONFIG_HOME": config_home}
+    return kept | {"XDG_CONFIG_HOME": config_home, "XDG_DATA_HOME": config_home}
 
 
 def _until_the_end(n_runs: int, environment: Environment) -> list[Row]:

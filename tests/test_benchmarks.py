@@ -107,7 +107,7 @@ def test_a_synthetic_model_of_one_layer_answers(tmp_path: Path) -> None:
     path = tmp_path / "one.gguf"
     synthetic.write(path, synthetic.Shape(n_layer=1, n_embd=256, n_ff=512, n_head=4, n_head_kv=2), "one layer")
     assert read_header(path).quantization == "Q4_K_M"
-    command = [sys.executable, "-m", "llamacli", "-m", str(path), "-n", "3", "--temperature", "0", "--json", "Hi"]
+    command = [sys.executable, "-m", "llamacli", "-m", str(path), "-n", "3", "--no-log", "--json", "Hi"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["usage"]["completion_tokens"] == 3
@@ -144,6 +144,13 @@ def test_the_prefixes_benchmark_prints_every_row() -> None:
     rows = printed_rows("prefixes")
     assert len(rows) == 6 and rows[0][0] == "second question, against the first"
     assert all(row[1] and row[2] and row[3] for row in rows)
+
+
+@pytest.mark.slow
+def test_a_session_is_measured_with_and_without_what_was_computed() -> None:
+    rows = printed_rows("sessions")
+    assert len(rows) == 4 and all(row[1] and row[2] and row[3] for row in rows)
+    assert [row[4] for row in rows] == ["", "", "≤ 20 ms more", "≤ 50 ms more"]
 
 
 def test_the_transfer_is_measured_with_its_memory() -> None:

@@ -163,12 +163,10 @@ class Chat:
             self._face.show(f"{self._talk.file.name}: {self._talk.file.path}")
 
     def _file(self, words: str) -> None:
-        path, _, question = words.partition(" ")
-        if not path:
-            raise UsageError("/file PATH: which file?")
+        path, question = slash.path_and_rest(words)
         said = self._talk.attach(path)
-        if question.strip():
-            self._talk.ask(question.strip())
+        if question:
+            self._talk.ask(question)
         else:
             self._face.show(said)
 

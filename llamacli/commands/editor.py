@@ -8,6 +8,7 @@ import termios
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -71,6 +72,7 @@ class AtTerminal:
             except EOFError:
                 return None
             if text.strip():
+                self._session.refresh_interval = 0
                 return text
 
     def answer(self, reply: Reply, resident: Resident) -> Said:
@@ -105,7 +107,11 @@ class AtTerminal:
 
     def show(self, text: str) -> None:
         where = sys.stdout if self._to_stdout else sys.stderr
-        where.write(f"{harmless(text)}\n")
+        fold = TextWrapper(
+            _window().columns - 1, replace_whitespace=False, drop_whitespace=True, break_on_hyphens=False
+        )
+        lines = (line for each in harmless(text).split("\n") for line in fold.wrap(each) or [""])
+        where.write("\n".join(lines) + "\n")
         where.flush()
 
     def close(self) -> None:

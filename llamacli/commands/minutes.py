@@ -30,7 +30,7 @@ class Minutes:
         self.session = session
         self._path = path
         self._notices = notices
-        self._writes = writes
+        self._writes = self._writes_always = writes
         self._unwritten: list[Turn] = []
         self._ids: dict[float, int] = {}  # of turns, by the time they were asked
         self._said = ""
@@ -76,6 +76,7 @@ class Minutes:
     def turn_to(self, session: Session) -> None:
         """Keep another session from now on."""
         self.session = session
+        self._writes = self._writes_always
         self._unwritten = []
 
     def open(self) -> Archive:

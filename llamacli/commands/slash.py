@@ -23,6 +23,7 @@ COMMANDS = {
 }
 _ALIASES = {"exit": "quit", "bye": "quit", "q": "quit", "?": "help"}
 _COMMAND = re.compile(r"/(\?|[A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+_PATH = re.compile(r"""\s*(?:"([^"]+)"|'([^']+)'|((?:\\.|[^\s\\])+))""")
 _TYPING = (
     ("Enter", "sends; Alt-Enter, or \\ at the end, begins a new line"),
     (QUOTES, f"begins a text of several lines, {QUOTES} ends it"),
@@ -56,6 +57,15 @@ def question(text: str) -> str:
     if text.startswith(QUOTES):
         return text.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
     return text.removeprefix("/") if text.startswith("//") else re.sub(r"\\\n", "\n", text)
+
+
+def path_and_rest(words: str) -> tuple[str, str]:
+    """The path at the beginning, quoted as for a shell if there are spaces in it. Raises UsageError for none."""
+    match = _PATH.match(words)
+    if match is None:
+        raise UsageError("/file PATH: which file?")
+    path = next((part for part in match.groups()[:2] if part), None) or re.sub(r"\\(.)", r"\1", match[3])
+    return path, words[match.end() :].strip()
 
 
 def is_open(text: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,7 +146,7 @@ class Talk:
         """Answer the last question once more, or another one in its place."""
         if self.unanswered is not None:
             old, self.unanswered = self.unanswered, None
-            self._replace(old, text, lambda: None)
+            self._replace(old, text or old.question, self.settings.seed, lambda: None)
             return
         if not self.turns:
             raise UsageError("nothing was asked so far")
@@ -156,13 +157,15 @@ class Talk:
             self.turns.append(old)
             conversation.add(exchange)
 
-        self._replace(old, text, put_back)
-
-    def _replace(self, old: Turn, text: str | None, put_back: Callable[[], None]) -> None:
+        if text is None and self.settings.temperature == 0:
+            self._notices.say("at --temperature 0 the answer is the same again")
         seed = self.settings.seed if text is not None else draw_seed()  # the same seed would give the same answer
+        self._replace(old, text or old.question, seed, put_back)
+
+    def _replace(self, old: Turn, text: str, seed: int | None, put_back: Callable[[], None]) -> None:
         n_before = len(self.turns)
         try:
-            self._ask(text or old.question, seed)
+            self._ask(text, seed)
         finally:
             if len(self.turns) > n_before:
                 self.minutes.withdrawn(old)
@@ -259,9 +262,9 @@ class Talk:
             chosen = {"d": "drop", "s": "summarise"}[letter]
         summary = self._summary(conversation, n) if chosen == "summarise" else None
         conversation.forget(n, summary)
+        last = self.minutes.id_of(self.turns[n - 1])
         del self.turns[:n]
-        start = self.minutes.id_of(self.turns[0]) if self.turns else self.minutes.session.start
-        self.minutes.change(start=start, summary=conversation.summary)
+        self.minutes.change(start=last + 1 if last else self.minutes.session.start, summary=conversation.summary)
         self._notices.say(
             f"the context is full: the {turns} {'is' if n == 1 else 'are'} left out from now on"
             + (f", in short: {summary}" if summary else "")
@@ -327,7 +330,8 @@ class Talk:
             return f"{self.file.name} cannot be loaded"
         if not self._resident.is_ready:
             return f"loading {self.file.name} ..."
-        self._made()
+        with suppress(LlamacliError):  # it is said when something is asked
+            self._made()
         files = f"  |  {len(self._documents)} files attached" if self._documents else ""
         name = self.minutes.session.name
         named = f"  |  {name}" if name else ""
