@@ -591,7 +591,8 @@ def test_json_says_that_and_why_it_is_attached(beside: Run, shared: tuple[Server
 
 
 def loaded_by(arguments: list[str], environment: dict[str, str]) -> set[str]:
-    """The modules in a process that ran the program with these arguments."""
+    """The modules in a process that ran the program with these arguments. What is logged is logged after the answer."""
+    environment = environment | {"LLAMACLI_LOG": "0"}
     code = (
         "import os, sys\n"
         f"sys.argv = {['llamacli', *arguments]!r}\n"

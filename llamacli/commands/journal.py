@@ -185,4 +185,5 @@ class Journal:
         )
         with Archive(self._path) as archive:
             session, _ = archive.add(session, turn)
-        self._notices.detail(f"logged in session {session.reference}: llamacli logs show {session.id}")
+        if self.session is not None:
+            self._notices.detail(f"logged in session {session.reference}: llamacli logs show {session.id}")
