@@ -214,7 +214,9 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"], ["keys", "create", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["run", "--help"], ["keys", "create", "--help"], ["chat", "--help"]]
+)
 def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
     loaded = loaded_by(*arguments)
     assert not HEAVY & loaded
