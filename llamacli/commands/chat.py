@@ -110,9 +110,10 @@ class Chat:
     def go_on(self) -> int:
         """Returns the exit code. Raises LlamacliError: from a pipe the first one ends it, at a terminal it is said."""
         self._greet()
-        while (text := self._face.read()) is not None:
+        while True:
             try:
-                if not self._do(text):
+                text = self._face.read()
+                if text is None or not self._do(text):
                     break
             except KeyboardInterrupt:
                 if not self._face.is_asked:

@@ -132,6 +132,7 @@ def markdown(text: str, width: int) -> str:
     from rich.markdown import Markdown
 
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    parser.disable(["image", "reference"])  # a terminal has no pictures, and a link may stand in another part
     tokens = parser.parse(text)
     for token in tokens:
         for child in token.children or ():

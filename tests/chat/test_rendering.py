@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 import pyte
@@ -103,6 +104,21 @@ def test_a_window_that_changes_its_size_in_the_middle_costs_only_the_setting_of_
     setting.feed(" three.\n\nFour **five**.")
     setting.end()
     assert window.lines == ["One **two** three.", "", "Four five."]
+
+
+def test_nothing_that_was_said_is_left_out() -> None:
+    said = [
+        "<b>bold</b>",
+        "<!-- note -->",
+        "![a picture](http://x.y/z.png)",
+        "[1]: http://x.y",
+        "[bold]",
+        ":smile:",
+        "1 < 2",
+    ]
+    for text in said:
+        shown = " ".join(Window(70, 20).answer([f"So {text} it is"]))
+        assert all(word in shown for word in re.findall(r"[\w:/.<]+", text)), shown
 
 
 @pytest.mark.parametrize("sets", [True, False])
