@@ -146,7 +146,7 @@ def test_a_session_that_no_longer_fits_is_an_error_until_it_is_said_what_goes(ll
     question = "What is my name, once more and once more and once more?"
     full = llamacli(*small, question + " Tell me" * 35)
     assert (full.returncode, full.stdout) == (4, "")
-    assert "4 earlier turns of the session" in one_line(full.stderr) and "--on-overflow tail" in full.stderr
+    assert "the session's 4 earlier turns take" in one_line(full.stderr) and "--on-overflow tail" in full.stderr
     cut = llamacli(*small, "--on-overflow", "tail", question + " Tell me" * 35)
     assert cut.returncode == 0 and "oldest turn" in one_line(cut.stderr) and "left out from now on" in cut.stderr
     turns = logged(llamacli, "a")

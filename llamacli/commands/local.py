@@ -41,10 +41,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """The session that a prompt goes on with, and its turns as far as the model is to see them."""
+    """The session that a prompt goes on with, and its turns as far as the model is to see them.
+
+    grows   the answer will belong to it
+    """
 
     session: Session
     turns: Sequence[Turn]
+    grows: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ class _Job:
                 self._tell(delta)
         self.delivered.wait()
         if prefixes is not None:
-            if self.earlier is not None:
+            if self.earlier is not None and self.earlier.grows:
                 prefixes.owe_answer(prompt.tokens + self.answered, engine.kv)
             for _ in prefixes.save(engine.kv, engine.model):
                 pass
@@ -264,7 +268,7 @@ class Local:
         job = self._job
         assert self._progress.start is not None
         n_tokens, what = len(self._progress.start.fitted.prompt.tokens), "prompt"
-        if job.earlier is not None:
+        if job.earlier is not None and job.earlier.grows:
             n_tokens, what = n_tokens + len(job.answered), "conversation"
         if n_tokens < MIN_STORED:
             return
@@ -316,16 +320,16 @@ def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch, conversation: 
     except InputTooLong as error:
         if conversation is None or not conversation.exchanges:
             raise
-        raise _no_longer_fits(error, conversation, limit) from None
+        raise _no_longer_fits(error, conversation) from None
 
 
-def _no_longer_fits(error: InputTooLong, conversation: Conversation, limit: int) -> InputTooLong:
+def _no_longer_fits(error: InputTooLong, conversation: Conversation) -> InputTooLong:
     n_turns = len(conversation.exchanges)
-    turns = "1 earlier turn" if n_turns == 1 else f"{n_turns} earlier turns"
-    n_earlier = len(conversation.prompt("?").tokens)
+    turns = "earlier turn takes" if n_turns == 1 else f"{n_turns} earlier turns take"
+    n_earlier = conversation.n_tokens
     return InputTooLong(
-        f"{str(error).split('.')[0]}; {n_earlier:,} of them are {turns} of the session. Leave out the oldest with "
-        f"--on-overflow tail, or begin a new session"
+        f"{str(error).split('.')[0]}; the session's {turns} {n_earlier:,} tokens. --on-overflow tail leaves out "
+        "the oldest turns; or begin a new session"
     )
 
 
@@ -358,9 +362,9 @@ def _announce(start: _Started, job: _Job) -> None:
             f"(--on-overflow {launch.settings.on_overflow})"
         )
     if start.n_dropped and job.earlier is not None:
-        turns = "oldest turn" if start.n_dropped == 1 else f"{start.n_dropped} oldest turns"
+        turns = "oldest turn is" if start.n_dropped == 1 else f"{start.n_dropped} oldest turns are"
         notices.say(
-            f"the {turns} of {len(job.earlier.turns)} of the session did not fit and are left out from now on "
+            f"the session's {turns} left out from now on, of {len(job.earlier.turns)}: they did not all fit "
             f"(--on-overflow {launch.settings.on_overflow})"
         )
     notices.detail(f"{launch.file.path}: {launch.header.quantization}, {fitted.prompt.format} prompt, {launch.device}")

@@ -115,7 +115,7 @@ def _here(
     from llamacli.commands.local import Earlier, Local
 
     launch = launching.prepare(settings, file, notices.say, notes)
-    earlier = None if journal.session is None else Earlier(journal.session, journal.turns)
+    earlier = None if journal.session is None else Earlier(journal.session, journal.turns, journal.writes)
     local = Local(launch, params, options, notices, notes, places.prefixes, form, earlier, started=started)
     texts = texts or question.read_texts(options.prompt, reads_stdin, notices)
     local.ask(texts)

@@ -83,6 +83,12 @@ class Terminal:
     def lines(self) -> list[str]:
         return self.text.split("\n")
 
+    @property
+    def echoes(self) -> bool:
+        """Whether what is typed is shown by the terminal itself, as at a shell."""
+        flags: int = termios.tcgetattr(self._master)[3]
+        return bool(flags & termios.ECHO and flags & termios.ICANON)
+
     def type(self, text: str, *keys: str) -> None:
         self._send(text + "".join(KEYS[key] for key in keys))
 

@@ -77,7 +77,7 @@ def test_typing_editing_and_what_was_typed_before(environment: dict[str, str], d
         terminal.type("/foo", "enter")
         terminal.wait_for("there is no /foo: /help shows what there is")
         terminal.press("c-d")
-        assert terminal.end() == 0
+        assert terminal.end() == 0 and terminal.echoes
     assert [turn["question"] for turn in logged(llamacli)["turns"]] == [ADA, "What is\nmy name?", "What is\nmy\nname?"]
     history = data / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600 and "My name is Ada." in history.read_text()
@@ -246,6 +246,15 @@ def test_a_full_context_asks_what_is_to_go(environment: dict[str, str], llamacli
         terminal.press("c-d")
         assert terminal.end() == 0
     assert [turn["in_context"] for turn in logged(llamacli)["turns"]].count(False) >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_it_leaves_the_terminal_as_it_was(number: signal.Signals, environment: dict[str, str]) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        assert not terminal.echoes
+        os.kill(terminal.pid, number)
+        assert terminal.end() == -number and terminal.echoes
 
 
 def test_a_dumb_terminal_gets_no_control_sequences_with_an_answer(environment: dict[str, str]) -> None:
