@@ -55,7 +55,7 @@ class AtTerminal:
             enable_suspend=True,
             prompt_continuation=lambda width, line, wrapped: "" if wrapped else ". ".rjust(width),
             bottom_toolbar=self._toolbar,
-            refresh_interval=0.5,  # the model may still be loading
+            refresh_interval=0.5,  # a model may still be loading
             style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}),
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
             # A dumb terminal gets prompt-toolkit's own way with such, unless it is given an output.
@@ -72,7 +72,6 @@ class AtTerminal:
             except EOFError:
                 return None
             if text.strip():
-                self._session.refresh_interval = 0
                 return text
 
     def answer(self, reply: Reply, resident: Resident) -> Said:

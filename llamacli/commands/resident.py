@@ -52,6 +52,7 @@ class Resident:
     def __init__(self, launch: Launch, notice: Callable[[str], None], prefixes: Path) -> None:
         self.launch = launch
         self.recall = Recall()
+        self.is_closed = False
         self._notice = notice
         self._directory = prefixes
         self._builder: PromptBuilder | None = None
@@ -66,7 +67,7 @@ class Resident:
 
     @property
     def is_ready(self) -> bool:
-        return self._loaded.is_set() and self._failure is None
+        return self._loaded.is_set() and self._failure is None and not self.is_closed
 
     @property
     def has_failed(self) -> bool:
@@ -108,10 +109,12 @@ class Resident:
         self._tasks.put(done)
         return done
 
-    def close(self) -> None:
-        """Free the model, when the answer under way is finished."""
+    def close(self, *, waits: bool = True) -> None:
+        """Free the model, when what is under way is finished. Nothing of it may be used from now on."""
+        self.is_closed = True
         self._tasks.put(None)
-        self._thread.join()
+        if waits:
+            self._thread.join()
 
     # -- the engine's thread, a daemon: when nobody waits any more it ends with the process --
 

@@ -90,6 +90,8 @@ class Talk:
 
     def _ready(self) -> Conversation:
         """Waits for the model. Raises LlamacliError where it cannot be loaded."""
+        if self._resident.is_closed:  # Ctrl-C has come between two models
+            self._conversation, self._resident = None, self._begun(self.file)
         self._resident.wait()
         while self._news:
             self._notices.say(self._news.pop(0))
@@ -117,21 +119,19 @@ class Talk:
         launch = launching.prepare(settings, file, lambda _: None, self._notes)  # what is wrong with it is said now
         if format_of(launch.header, file.format) is Format.COMPLETION:
             raise UsageError(f"{file.name} is a base model: it continues texts and cannot converse")
+        self._conversation = None
         self._resident.close()  # two of them may not fit into memory
         try:
-            self._settle(file)
-        except LlamacliError:
-            self._settle(before)
+            self._resident, self.file = self._begun(file), file
+            self._ready()
+        except BaseException:
+            self._conversation, self.file = None, before
+            self._resident.close(waits=False)
+            self._resident = self._begun(before)
             raise
         self.settings = settings
         self.minutes.change(model=known_as(file))
         self._notices.say(f"{file.name} goes on")
-
-    def _settle(self, file: ModelFile) -> None:
-        self._conversation = None
-        self._resident = self._begun(file)
-        self.file = file
-        self._ready()
 
     # -- asking --
 

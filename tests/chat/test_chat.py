@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,23 @@ def test_a_full_context_asks_what_is_to_go(environment: dict[str, str], llamacli
         terminal.press("c-d")
         assert terminal.end() == 0
     assert [turn["in_context"] for turn in logged(llamacli)["turns"]].count(False) >= 1
+
+
+def test_ctrl_c_between_two_models_leaves_one_that_answers(environment: dict[str, str], tmp_path: Path) -> None:
+    (copy := tmp_path / "other-chat.gguf").symlink_to(Path(__file__).parents[2] / "models/tiny-llama2-chat.Q8_0.gguf")
+    with Terminal(CHAT, environment, columns=200) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        for i in range(4):
+            terminal.type(f"/model {copy}", "enter")
+            terminal.wait_for(partial(_has_scrolled_past, i))
+            terminal.press("c-c")
+            terminal.wait_for(lambda text: is_waiting(text.rpartition("/model ")[2]))
+        said(terminal, ADA, NICE)
+
+
+def _has_scrolled_past(n: int, text: str) -> bool:
+    """Whether the command was taken that came after so many others: the toolbar below it is gone."""
+    return text.count("/model ") > n and "tokens" not in text.rpartition("/model ")[2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
