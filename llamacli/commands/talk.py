@@ -120,8 +120,8 @@ class Talk:
         if format_of(launch.header, file.format) is Format.COMPLETION:
             raise UsageError(f"{file.name} is a base model: it continues texts and cannot converse")
         self._conversation = None
-        self._resident.close()  # two of them may not fit into memory
         try:
+            self._resident.close()  # two of them may not fit into memory
             self._resident, self.file = self._begun(file), file
             self._ready()
         except BaseException:
