@@ -12,7 +12,6 @@ import termios
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import pyte
 
@@ -127,6 +126,3 @@ class Terminal:
         self.raw += data
         self._stream.feed(data)
         return data
-
-
-Environment = dict[str, Any]

@@ -332,6 +332,14 @@ def test_commands_work_in_a_pipe_and_the_first_error_ends_it(llamacli: Run) -> N
         assert (wrong.stdout, wrong.returncode) == ("", code) and said in wrong.stderr
 
 
+def test_what_is_not_kept_can_be_saved_later_and_what_is_kept_only_be_read(llamacli: Run) -> None:
+    done = chat(llamacli, "--no-log", input=f"{ADA}\n/save kept\n{WHO}\n/retry\n/clear\nThanks!\n")
+    assert done.returncode == 0 and "kept as kept" in done.stderr
+    assert chat(llamacli, "--no-log", "--session", "kept", input=f"{WHO}\n").stdout == f"{YOURS}\n"
+    assert [turn["question"] for turn in logged(llamacli, "kept")["turns"]] == [ADA, WHO]
+    assert len(json.loads(llamacli("logs", "--json").stdout)) == 1
+
+
 @pytest.mark.parametrize("policy", ["ask", "drop", "summarise"])
 def test_a_full_context_is_an_error_in_a_pipe_unless_it_was_said_what_goes(policy: str, llamacli: Run) -> None:
     lines = "".join(f"My name is Ada, and {i} is a number.\n" for i in range(12))
