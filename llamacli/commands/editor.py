@@ -22,7 +22,7 @@ from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.styles import Style
 
 from llamacli.commands import terminal
-from llamacli.commands.face import Said
+from llamacli.commands.face import Said, ctrl_c_stops
 from llamacli.commands.rendering import Setting
 from llamacli.commands.resident import Reply, Resident
 from llamacli.commands.slash import COMMANDS, is_open
@@ -65,7 +65,8 @@ class AtTerminal:
     def read(self, prefilled: str = "") -> str | None:
         while True:
             try:
-                text = self._session.prompt(PROMPT, default=prefilled)
+                # Its own handling of SIGINT prints a traceback where the signal comes when a line has just ended.
+                text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False)
             except KeyboardInterrupt:  # clears the line, as in a shell
                 prefilled = ""
                 continue
@@ -78,17 +79,13 @@ class AtTerminal:
         said = Said()
         out = Setting(self._write, _window, sets=self._sets) if self._to_stdout else None
         bare = Answer()
-        try:
+        with ctrl_c_stops(reply, resident):
             while said.end is None:
                 delta = reply.get()
                 said.add(delta)
                 if delta.text:
                     out.feed(delta.text) if out else bare.write(delta.text)
-        except KeyboardInterrupt:
-            resident.stop(reply)
-            while said.end is None:
-                said.add(reply.get())
-        out.end() if out else bare.end()
+            out.end() if out else bare.end()
         if out:
             self._write("\n")
         return said
@@ -98,7 +95,7 @@ class AtTerminal:
         self.show(question)
         while True:
             try:
-                chosen = session.prompt(f"[{'/'.join(choices)}] ").strip().lower()[:1]
+                chosen = session.prompt(f"[{'/'.join(choices)}] ", handle_sigint=False).strip().lower()[:1]
             except (KeyboardInterrupt, EOFError):
                 return choices[-1]
             if chosen and chosen in choices:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Protocol
 
 from llamacli.commands import terminal
@@ -29,6 +33,25 @@ class Said:
             self.tokens.append(delta.token)
         if delta.finish_reason is not None:
             self.end = delta
+
+
+@contextmanager
+def ctrl_c_stops(reply: Reply, resident: Resident) -> Iterator[None]:
+    """Ctrl-C stops the answer, whose end then says so. A second one is raised: the engine does not stop."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        if reply.is_stopped.is_set():
+            raise KeyboardInterrupt
+        resident.stop(reply)
+
+    if before is not signal.SIG_IGN:
+        # Not an exception: that would come in the middle of whatever is being written or freed.
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Face(Protocol):
@@ -77,17 +100,13 @@ class Pipe:
 
     def answer(self, reply: Reply, resident: Resident) -> Said:
         answer, said = Answer(), Said()
-        try:
+        with ctrl_c_stops(reply, resident):
             while said.end is None:
                 delta = reply.get()
                 said.add(delta)
                 if delta.text:
                     answer.write(delta.text)
-        except KeyboardInterrupt:
-            resident.stop(reply)
-            while said.end is None:
-                said.add(reply.get())
-        answer.end()
+            answer.end()
         return said
 
     def choose(self, question: str, choices: str) -> str:
