@@ -102,6 +102,16 @@ class Terminal:
             assert self._read(0.2) is not None, f"ended without {what}:\n{self.text}"
         return self.text
 
+    def press_until(self, key: str, what: Callable[[str], object]) -> None:
+        """Again and again: what was typed before is loaded a moment after the line is there to be typed at."""
+        deadline = time.monotonic() + PATIENCE
+        while not what(self.text):
+            assert time.monotonic() < deadline, f"{key} does not bring it:\n{self.text}"
+            self.press(key)
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until:
+                self._read(0.1)
+
     def end(self) -> int:
         """Wait until the program ends. Returns its exit code."""
         deadline = time.monotonic() + PATIENCE
