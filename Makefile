@@ -41,6 +41,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.rehearsal
 	$(BIN)/python -m benchmarks.batching --model "$$MODEL"
 	$(BIN)/python -m benchmarks.parts --model "$$MODEL"
+	$(BIN)/python -m benchmarks.sessions --model "$$MODEL"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -62,6 +62,7 @@ def _processes(given: Inputs, threads: int, source: Path, texts: list[str]) -> R
         "LLAMACLI_MAX_TOKENS": str(N_TOKENS),
         "LLAMACLI_SEED": "1",
         "LLAMACLI_LOCAL": "1",
+        "LLAMACLI_LOG": "0",
     }
     program = [sys.executable, "-m", "llamacli"]
     loop = 'while IFS= read -r text; do "$@" "$text" </dev/null; done'

@@ -112,6 +112,7 @@ def _processes(given: Inputs, threads: int, text: str, parts: list[str], directo
         "LLAMACLI_SEED": "1",
         "LLAMACLI_TEMPERATURE": "0",
         "LLAMACLI_LOCAL": "1",
+        "LLAMACLI_LOG": "0",
     }
     program = [sys.executable, "-m", "llamacli", "-q"]
     (directory / "whole.txt").write_text(text)

@@ -51,13 +51,13 @@ def main() -> None:
 
 
 def _environment(config_home: str) -> Environment:
-    """Ours without the user's own settings, which would change what is measured.
+    """Ours without the user's own settings, which would change what is measured; logs go elsewhere.
 
     What Python has compiled is kept, as pip does it when it installs.
     """
     ours = ("LLAMACLI_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"XDG_CONFIG_HOME": config_home}
+    return kept | {"XDG_CONFIG_HOME": config_home, "XDG_DATA_HOME": config_home}
 
 
 def _until_the_end(n_runs: int, environment: Environment) -> list[Row]:

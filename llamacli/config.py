@@ -12,6 +12,7 @@ from llamacli.errors import UsageError
 
 PREFIX = "LLAMACLI_"
 PREFIXES, TUNING = "prefixes", "tuning"  # in the cache directory
+SESSIONS = "sessions.sqlite3"  # in the data directory
 # Variables of ours that are no settings: one says where the config file is, the others are secrets.
 OTHER_VARIABLES = ("LLAMACLI_HOME", "LLAMACLI_API_KEY", "LLAMACLI_UPSTREAM_KEY")
 
@@ -188,6 +189,11 @@ class Settings:
     cache_size: int | None = field(
         default=None, metadata=size("What computed prefixes may take on disk, such as 4GB; 0 keeps none.")
     )
+    log: bool = field(default=True, metadata=switch("Keep what was asked and answered, for logs and --continue."))
+    when_full: str = field(
+        default="ask",
+        metadata=choice("What `chat` does when its context is full.", "ask", "drop", "summarise"),
+    )
     remote: str | None = field(
         default=None, metadata=text("The address of a server that `run` asks instead of a model.")
     )
@@ -248,6 +254,11 @@ class Directories:
     def tuning(self) -> Path:
         """Where measured rates are. See tuning_file.py."""
         return self.cache / TUNING
+
+    @property
+    def sessions(self) -> Path:
+        """The file of all conversations. See sessions/archive.py."""
+        return self.data / SESSIONS
 
     @property
     def run(self) -> Path:

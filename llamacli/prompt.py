@@ -304,11 +304,12 @@ def with_document(document: str, instruction: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A prompt that fits. `n_input` and `n_kept` are tokens of the text that was to be cut."""
+    """A prompt that fits. `n_input` and `n_kept` are tokens of the text that was to be cut, `text` is what is left."""
 
     prompt: Prompt
     n_input: int
     n_kept: int
+    text: str
 
 
 def room_for_answer(limit: int, max_tokens: int | None) -> int:
@@ -336,13 +337,14 @@ def fit(
     tokens = tokenizer.tokenize(text)
     n_input = len(tokens)
     if policy == "error" or len(prompt.tokens) <= room:
-        return Fitted(prompt, n_input, n_input)
+        return Fitted(prompt, n_input, n_input, text)
     n_kept = n_input - (len(prompt.tokens) - room)
     while n_kept > 0:
-        prompt = build(_cut(tokens, n_kept, policy, tokenizer))
+        left = _cut(tokens, n_kept, policy, tokenizer)
+        prompt = build(left)
         excess = len(prompt.tokens) - room
         if excess <= 0:
-            return Fitted(prompt, n_input, n_kept)
+            return Fitted(prompt, n_input, n_kept, left)
         n_kept -= excess
     raise InputTooLong(
         f"the instruction and the system prompt alone leave no room for the input: the context holds {limit:,} "

@@ -108,7 +108,7 @@ def test_a_synthetic_model_of_one_layer_answers(tmp_path: Path) -> None:
     path = tmp_path / "one.gguf"
     synthetic.write(path, synthetic.Shape(n_layer=1, n_embd=256, n_ff=512, n_head=4, n_head_kv=2), "one layer")
     assert read_header(path).quantization == "Q4_K_M"
-    command = [sys.executable, "-m", "llamacli", "-m", str(path), "-n", "3", "--temperature", "0", "--json", "Hi"]
+    command = [sys.executable, "-m", "llamacli", "-m", str(path), "-n", "3", "--no-log", "--json", "Hi"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["usage"]["completion_tokens"] == 3
@@ -172,6 +172,12 @@ def test_the_speculation_benchmark_prints_what_guesses_bring_and_cost() -> None:
     rows = printed_rows("speculation")
     assert rows[0][4] == "> 2 tokens" and rows[1][3].endswith("x")
     assert [row[0] for row in rows[2::2]] == [f"a step of {n} rows, against one of a single row" for n in (2, 4, 8, 16)]
+
+
+def test_a_session_is_measured_with_and_without_what_was_computed() -> None:
+    rows = printed_rows("sessions")
+    assert len(rows) == 4 and all(row[1] and row[2] and row[3] for row in rows)
+    assert [row[4] for row in rows] == ["", "", "≤ 20 ms more", "≤ 50 ms more"]
 
 
 def test_the_transfer_is_measured_with_its_memory() -> None:

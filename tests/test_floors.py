@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -18,9 +19,9 @@ PACKAGE = Path(__file__).parents[1] / "llamacli"
 # From the ground up. A room may import rooms on lower floors, and those on its own floor that stand before it.
 FLOORS = [
     ["errors", "__init__"],
-    ["config", "machine", "gguf_header", "gguf"],
-    ["engine.recall", "prompt", "engine.sequence", "engine.detokenizer"],
-    ["engine.lookup"],
+    ["database", "config", "machine", "gguf_header", "gguf"],
+    ["engine.recall", "prompt", "conversation", "engine.sequence", "engine.detokenizer"],
+    ["engine.lookup", "sessions.session", "sessions.archive"],
     [
         *("schema.gbnf", "schema.numbers", "schema.text", "schema.values", "schema.merging", "schema.checking"),
         *("schema.keywords", "schema.grammar", "schema.reading", "schema.closing", "schema.form", "schema.holding"),
@@ -79,23 +80,25 @@ FLOORS = [
         *("commands.options", "commands.obtain"),
     ],
     [
-        *("commands.deliver", "commands.question", "commands.local", "commands.remote", "commands.attach"),
-        "commands.parts",
+        *("commands.deliver", "commands.question", "commands.journal"),
+        *("commands.local", "commands.remote", "commands.attach", "commands.parts"),
+        *("commands.slash", "commands.resident", "commands.face", "commands.rendering", "commands.editor"),
+        *("commands.reading", "commands.minutes", "commands.talk"),
     ],
     [
         *("commands.config", "commands.tokenize", "commands.doctor", "commands.keys", "commands.cache"),
-        *("commands.embed", "commands.tune", "commands.bench"),
-        *("commands.ready_file", "commands.rehearsal"),
-        *("commands.presets", "commands.run", "commands.batch", "commands.models", "commands.serve"),
+        *("commands.logs", "commands.embed", "commands.tune", "commands.bench"),
+        *("commands.ready_file", "commands.rehearsal", "commands.presets"),
+        *("commands.run", "commands.chat", "commands.batch", "commands.models", "commands.serve"),
     ],
-    ["commands.testing_options", "commands.keeping", "commands.app"],
+    ["commands.testing_options", "commands.keeping", "commands.talking", "commands.app"],
     ["__main__"],
     ["testing.api", "testing.process", "testing.plugin"],
 ]
 EMPTY = [
     *("schema.__init__", "models.__init__", "engine.__init__", "remote.__init__", "server.__init__"),
     *("documents.__init__", "presets.__init__", "batch.__init__", "bench.__init__", "commands.__init__"),
-    "testing.__init__",
+    *("sessions.__init__", "testing.__init__"),
 ]
 # A third-party library's only home.
 HOMES = {
@@ -104,13 +107,15 @@ HOMES = {
     "jinja2": ["prompt"],
     "jsonschema": ["schema.checking"],
     "platformdirs": ["config"],
-    "sqlite3": ["server.ledger"],
+    "sqlite3": ["database"],
     "prometheus_client": ["server.metrics"],
     "uvicorn": ["server.listen"],
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
-    "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.app"],
-    "rich": ["commands.progress", "commands.pace", "commands.stages", "commands.table"],
+    "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.talking", "commands.app"],
+    "rich": ["commands.progress", "commands.pace", "commands.stages", "commands.table", "commands.rendering"],
+    "markdown_it": ["commands.rendering"],
+    "prompt_toolkit": ["commands.editor"],
     "huggingface_hub": ["models.hub"],
     "httpx2": ["models.hub"],
     "pytest": ["testing.plugin"],
@@ -186,22 +191,24 @@ def seen_after(what: str, *arguments: str, **variables: str) -> list[str]:
     """The words of a Python list, in a process that ran the program with these arguments and environment variables."""
     code = (
         "import gc, os, sys\n"
+        "out = os.dup(1)\n"
         f"sys.argv = ['llamacli', *{list(arguments)!r}]\n"
         "os._exit = lambda code: sys.exit(code)\n"
         "import llamacli.__main__ as program\n"
         "searches = lambda: sum(each['collections'] for each in gc.get_stats())\n"
         "before = searches()\n"
         "try: program.main()\n"
-        f"finally: print('SEEN', *{what})\n"
+        f"finally: os.write(out, ' '.join(map(str, ['SEEN', *{what}])).encode())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | variables,
-        capture_output=True,
-        encoding="utf-8",
-        stdin=subprocess.DEVNULL,
-        check=True,
-    )
+    with TemporaryDirectory() as home:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"LLAMACLI_HOME": home} | variables,
+            capture_output=True,
+            encoding="utf-8",
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
     return done.stdout.rpartition("SEEN")[2].split()
 
 
@@ -224,10 +231,13 @@ HEAVY = {
     "charset_normalizer",
     "pypdf",
     "trafilatura",
+    "prompt_toolkit",
 }
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["run", "--help"], ["keys", "create", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["run", "--help"], ["keys", "create", "--help"], ["chat", "--help"]]
+)
 def test_version_and_help_load_nothing_heavy(arguments: list[str]) -> None:
     loaded = loaded_by(*arguments)
     assert not HEAVY & loaded
@@ -245,8 +255,9 @@ def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use(tmp_pa
 
 # What an answer to a short prompt takes: whoever adds to it makes every answer start later.
 PLAIN = {
-    *("commands.app", "commands.keeping", "commands.options", "commands.testing_options"),
+    *("commands.app", "commands.talking", "commands.keeping", "commands.options", "commands.testing_options"),
     *("commands.run", "commands.question", "commands.deliver", "commands.obtain", "commands.local"),
+    "commands.journal",
     *("commands.terminal", "errors", "config", "launch", "machine", "gguf", "gguf_header", "prompt"),
     *("models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"),
     *("engine.bindings", "engine.devices", "engine.memory", "engine.llama", "engine.model", "engine.sampling"),
@@ -262,7 +273,7 @@ PLAIN_THIRD_PARTIES = {
 
 
 def test_a_plain_run_loads_what_it_uses_and_nothing_else(tmp_path: Path) -> None:
-    loaded = loaded_by("-m", str(store.bundled()), "-n", "1", "hi", LLAMACLI_HOME=str(tmp_path))
+    loaded = loaded_by("-m", str(store.bundled()), "-n", "1", "--no-log", "hi", LLAMACLI_HOME=str(tmp_path))
     ours = {name.removeprefix("llamacli.") for name in loaded if name.startswith("llamacli.")}
     assert ours - PLAIN == set()
     third_parties = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)

@@ -105,9 +105,8 @@ def test_a_seed_repeats_the_answer(llamacli: Run) -> None:
 
 
 def test_llamacli_dash_dash_prompts_with_the_name_of_a_command(llamacli: Run) -> None:
-    assert llamacli(*GREEDY, "-n", "3", "--", "chat").returncode == 0
-    refused = llamacli("chat")
-    assert refused.returncode == 2 and "llamacli -- chat" in one_line(refused.stderr)
+    done = llamacli(*GREEDY, "-n", "3", "--", "doctor")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
 
 
 def test_json_is_one_object_with_everything_about_the_run(llamacli: Run) -> None:

@@ -590,8 +590,18 @@ def test_json_says_that_and_why_it_is_attached(beside: Run, shared: tuple[Server
     assert record["usage"] == {"prompt_tokens": 14, "completion_tokens": 79, "cached_tokens": 13}
 
 
+def test_an_answer_is_logged_without_the_servers_address_or_key(
+    tell: Tell, llamacli: Run, environment: dict[str, str]
+) -> None:
+    told = tell(reply({"response": "yes"}))
+    assert llamacli("--remote", told.url, "--api-key", "s3cret", "Is it?").stdout == "yes\n"
+    raw = b"".join(path.read_bytes() for path in Path(environment["LLAMACLI_HOME"], "data").glob("sessions*"))
+    assert b"Is it?" in raw and b"s3cret" not in raw and told.url.encode() not in raw and b"127.0.0.1" not in raw
+
+
 def loaded_by(arguments: list[str], environment: dict[str, str]) -> set[str]:
-    """The modules in a process that ran the program with these arguments."""
+    """The modules in a process that ran the program with these arguments. What is logged is logged after the answer."""
+    environment = environment | {"LLAMACLI_LOG": "0"}
     code = (
         "import os, sys\n"
         f"sys.argv = {['llamacli', *arguments]!r}\n"

@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamacli import __version__
-from llamacli.commands import keeping, options, testing_options
+from llamacli.commands import keeping, options, talking, testing_options
 from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, resolved
 from llamacli.config import directories
-from llamacli.errors import LlamacliError, ResourceError, UsageError
+from llamacli.errors import LlamacliError, ResourceError
 
 if TYPE_CHECKING:
     from llamacli.commands.presets import Asked
 
-# Commands of later versions: taken for a prompt, they would get an answer that nobody asked for.
-RESERVED = ("chat",)
-
 COMMANDS = (
-    *("run", "batch", "serve", "pull", "list", "show", "rm", "verify"),
+    *("run", "chat", "logs", "batch", "serve", "pull", "list", "show", "rm", "verify"),
     *("keys", "usage", "cache", "presets", "embed", "tokenize", "config", "tune", "bench", "doctor"),
 )
 STARTED_OBJECTS = 50_000  # more than an answer makes until its first word
@@ -113,8 +110,6 @@ def leave(code: int) -> None:
 def route(arguments: list[str]) -> list[str]:
     """Make `llamacli PROMPT` mean `llamacli run PROMPT`, and take a preset out of it."""
     first = arguments[0] if arguments else ""
-    if first in RESERVED:
-        raise _reserved(first)
     if first != "run" and (first in COMMANDS or first in TOP_OPTIONS):
         return arguments
     rest = arguments[1:] if first == "run" else arguments
@@ -136,11 +131,12 @@ def leave_only(name: str) -> None:
     """Forget the other commands, when it is known which one is called: to build the parsers of all takes 25 ms."""
     if "_LLAMACLI_COMPLETE" in os.environ or name in ("--help", "-h"):
         return
-    for group in (app, keeping.app):
+    for group in (app, talking.app, keeping.app):
         group.registered_commands = [
             each for each in group.registered_commands if name in (each.name, getattr(each.callback, "__name__", None))
         ]
-    keeping.app.registered_groups = [each for each in keeping.app.registered_groups if each.name == name]
+    for group in (talking.app, keeping.app):
+        group.registered_groups = [each for each in group.registered_groups if each.name == name]
 
 
 def _complete_as_run(environ: MutableMapping[str, str]) -> None:
@@ -155,10 +151,6 @@ def _complete_as_run(environ: MutableMapping[str, str]) -> None:
             environ[variable] = f"{words[0]} run {words[1]}"
             if variable == "COMP_WORDS" and environ.get("COMP_CWORD", "").isdigit():
                 environ["COMP_CWORD"] = str(int(environ["COMP_CWORD"]) + 1)
-
-
-def _reserved(name: str) -> UsageError:
-    return UsageError(f"{name} is not in version {__version__}; to prompt with the word, say: llamacli -- {name}")
 
 
 def _print_version(wanted: bool) -> None:
@@ -221,6 +213,9 @@ def run(
     schema: options.Schema = None,
     json_object: options.JsonObject = False,
     choices: options.Choices = None,
+    goes_on: options.GoesOn = False,
+    session: options.SessionName = None,
+    log: options.Log = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about the run instead.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     show_prompt: Annotated[
@@ -261,6 +256,8 @@ def run(
         schema=schema,
         json_object=json_object,
         choices=choices,
+        goes_on=goes_on,
+        session=session,
     )
     preset = _State.preset
     if preset is not None:
@@ -503,6 +500,7 @@ def doctor(as_json: JsonFlag = False) -> int:
     return command.run(os.environ, as_json=as_json)
 
 
+app.add_typer(talking.app)
 app.add_typer(keeping.app)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamacli.commands.deliver import say_it_completes
+from llamacli.commands.journal import Outcome, known_as
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.remote import SAMPLING, Inquiry
 from llamacli.commands.terminal import Notices
@@ -55,6 +56,7 @@ def _unlike(server: Presence, settings: Settings, options: RunOptions) -> str | 
     obstacles = {
         "--local": settings.local,
         "--raw": options.raw,
+        "a session goes on here": options.has_session,
         "--show-prompt": options.show_prompt,
         "--no-cache": settings.no_cache,
         "--cache-size 0": settings.cache_size == 0,
@@ -122,6 +124,15 @@ class Attached:
 
     def exit_code(self) -> int:
         return self._inquiry.exit_code(self._params.max_tokens)
+
+    def outcome(self) -> Outcome:
+        ending = self._inquiry.ending
+        return Outcome(
+            model=known_as(self._file),
+            finish_reason=ending.finish_reason,
+            usage=dict(ending.usage),
+            seed=self._params.seed,
+        )
 
     def record(self, answer: str) -> dict[str, object]:
         server, file, params = self._server, self._file, self._params

@@ -6,7 +6,8 @@ So Ctrl-C is heard in the middle of a native call, and the model loads while std
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,28 +19,47 @@ from llamacli import launch as launching
 from llamacli import stored_prefixes
 from llamacli.commands import terminal
 from llamacli.commands.deliver import EXIT_CUT, say_it_completes, say_it_was_closed
+from llamacli.commands.journal import Outcome, known_as
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.terminal import Notices
 from llamacli.engine.kv import MIN_STORED
+from llamacli.engine.recall import Recall
 from llamacli.engine.sequence import Delta, FinishReason, SamplingParams
-from llamacli.errors import EngineError
+from llamacli.errors import EngineError, InputTooLong
 from llamacli.launch import Launch
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
 from llamacli.prompt import Fitted, Format, Message, Prompt, PromptBuilder, fit, room_for_answer, with_document
 
 if TYPE_CHECKING:
+    from llamacli.conversation import Conversation
     from llamacli.engine.engine import Engine
+    from llamacli.engine.prefixes import Prefixes
     from llamacli.schema.form import Form
+    from llamacli.sessions.session import Session, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The session that a prompt goes on with, and its turns as far as the model is to see them.
+
+    grows   the answer will belong to it
+    """
+
+    session: Session
+    turns: Sequence[Turn]
+    grows: bool = True
+
 
 CHOICE = 8  # tokens of an answer that is one of some texts, about
 
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """The prompt is built and the engine is about to read it."""
+    """The prompt is built and the engine is about to read it. See Outcome for `n_dropped`."""
 
     fitted: Fitted
+    n_dropped: int
     shown: str
     load_seconds: float
 
@@ -65,6 +85,8 @@ class _Job:
     notes: Notes
     prefixes: Path  # the directory of stored ones
     form: Form | None = None
+    earlier: Earlier | None = None
+    answered: array[int] = field(default_factory=lambda: array("i"))  # tokens of the answer so far
     added: str = ""  # what closed an answer that has a form, and is not the model's
     delivered: Event = field(default_factory=Event)  # the answer has been written: there is time for the disk
     texts: SimpleQueue[Texts] = field(default_factory=SimpleQueue)
@@ -81,26 +103,37 @@ class _Job:
         began = perf_counter()
         weights = launching.load(self.launch, self.notices.say)
         load_seconds = perf_counter() - began
+        recall = Recall()
         builder = PromptBuilder(
-            self.launch.header, weights.vocabulary, raw=self.options.raw, known=self.launch.file.format
+            self.launch.header,
+            weights.vocabulary,
+            raw=self.options.raw,
+            known=self.launch.file.format,
+            recall=recall,
         )
-        fitted = _fitted(self.texts.get(), builder, self.launch)
+        conversation = None if self.earlier is None else _conversation(self.earlier, builder, recall, self.launch)
+        texts, n_dropped = self.texts.get(), 0
+        if conversation is not None and self.launch.settings.on_overflow == "tail":
+            n_dropped = _drop(conversation, texts, self.launch)
+        fitted = _fitted(texts, builder, self.launch, conversation)
         prompt = fitted.prompt
         began = perf_counter()
         n_answer = CHOICE if self.form is not None and self.form.choices else None
         launching.settle(self.launch, len(prompt.tokens), n_answer, lambda rewritten: self._held(prompt, rewritten))
-        prefixes = stored_prefixes.expecting(self.launch, prompt.tokens, self.prefixes)
+        prefixes = self._prefixes(prompt)
         engine = launching.start(self.launch, len(prompt.tokens), prefixes)
         load_seconds += perf_counter() - began
         shown = builder.shown(prompt) if self.options.show_prompt else ""
-        self.out.put(_Started(fitted, shown, load_seconds))
+        self.out.put(_Started(fitted, n_dropped, shown, load_seconds))
         if self.form is not None:
             self._generate_formed(engine, builder, prompt, self.form)
         else:
             for delta in engine.generate(prompt.tokens, self.params, trim=prompt.trim):
-                self.out.put(delta)
+                self._tell(delta)
         self.delivered.wait()
         if prefixes is not None:
+            if self.earlier is not None and self.earlier.grows:
+                prefixes.owe_answer(prompt.tokens + self.answered, engine.kv)
             for _ in prefixes.save(engine.kv, engine.model):
                 pass
         self.out.put(_Stored(0 if prefixes is None else prefixes.n_stored))
@@ -113,7 +146,21 @@ class _Job:
 
         for step in Together(engine, builder.tokenizer).answer(prompt, self.params, form):
             self.added = step.added
-            self.out.put(step.delta)
+            self._tell(step.delta)
+
+    def _tell(self, delta: Delta) -> None:
+        if delta.token is not None:
+            self.answered.append(delta.token)
+        self.out.put(delta)
+
+    def _prefixes(self, prompt: Prompt) -> Prefixes | None:
+        """Of a session the answer is kept, too, so that the next turn has only itself to read."""
+        if self.earlier is None:
+            return stored_prefixes.expecting(self.launch, prompt.tokens, self.prefixes)
+        prefixes = stored_prefixes.of(self.launch, self.prefixes)
+        if prefixes is not None:
+            prefixes.expect(prompt.tokens)
+        return prefixes
 
     def results(self) -> Iterator[_Started | Delta]:
         while True:
@@ -172,15 +219,18 @@ class Local:
         notes: Notes,
         prefixes: Path,
         form: Form | None = None,
+        earlier: Earlier | None = None,
         *,
         started: float,
     ) -> None:
-        self._job = _Job(launch, params, options, notices, notes, prefixes, form)
+        self._job = _Job(launch, params, options, notices, notes, prefixes, form, earlier)
+        self._texts: Texts | None = None
         self._progress = _Run(started)
         threading.Thread(target=self._job.work, name="engine", daemon=True).start()
         from llamacli.engine import engine  # noqa: F401  (what that thread needs next, while it maps the weights)
 
     def ask(self, texts: Texts) -> None:
+        self._texts = texts
         self._job.texts.put(texts)
 
     def pieces(self) -> Iterator[str]:
@@ -200,6 +250,22 @@ class Local:
     def record(self, answer: str) -> dict[str, object]:
         return _record(self._job, self._progress, answer)
 
+    def outcome(self) -> Outcome:
+        start, end, job = self._progress.start, self._progress.end, self._job
+        texts = self._texts
+        if start is None or texts is None:
+            return Outcome()
+        document = texts.document is not None
+        return Outcome(
+            model=known_as(job.launch.file),
+            question=with_document(start.fitted.text, texts.instruction) if document else start.fitted.text,
+            tokens=job.answered[:],
+            finish_reason=str(end.finish_reason) if end is not None else None,
+            usage=asdict(end.usage) if end is not None and end.usage is not None else {},
+            seed=job.params.seed,
+            n_dropped=start.n_dropped,
+        )
+
     def exit_code(self) -> int:
         assert self._progress.end is not None
         if self._job.added:
@@ -210,20 +276,46 @@ class Local:
         """Keep the computed prompt on the disk for the next time. Who reads our answer need not wait for it."""
         job = self._job
         assert self._progress.start is not None
-        n_prompt = len(self._progress.start.fitted.prompt.tokens)
-        if n_prompt < MIN_STORED:
+        n_tokens, what = len(self._progress.start.fitted.prompt.tokens), "prompt"
+        if job.earlier is not None and job.earlier.grows:
+            n_tokens, what = n_tokens + len(job.answered), "conversation"
+        if n_tokens < MIN_STORED:
             return
         terminal.end_stdout()
         if job.stored():
-            job.notices.detail(f"stored the {n_prompt:,} tokens of the prompt: llamacli cache show")
+            job.notices.detail(f"stored the {n_tokens:,} tokens of the {what}: llamacli cache show")
 
 
-def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:
+def _conversation(earlier: Earlier, builder: PromptBuilder, recall: Recall, launch: Launch) -> Conversation:
+    from llamacli.conversation import Conversation, Exchange
+
+    assert launch.weights is not None
+    return Conversation(
+        builder,
+        recall,
+        launch.weights.vocabulary.piece,
+        [Exchange(turn.question, turn.answer or "", turn.tokens) for turn in earlier.turns],
+        system=launch.settings.system,
+        summary=earlier.session.summary,
+    )
+
+
+def _drop(conversation: Conversation, texts: Texts, launch: Launch) -> int:
+    """Leave out the oldest turns if the prompt does not fit. Returns how many."""
+    limit = launch.n_limit
+    n = conversation.n_to_drop(texts.content, limit - room_for_answer(limit, launch.settings.max_tokens), limit)
+    conversation.forget(n)
+    return n
+
+
+def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch, conversation: Conversation | None) -> Fitted:
     """The prompt, cut if it must be and may be: the document where there is one, else the prompt itself."""
     settings = launch.settings
 
     def build(text: str) -> Prompt:
         content = text if texts.document is None else with_document(text, texts.instruction)
+        if conversation is not None:
+            return conversation.prompt(content)
         messages = [Message("user", content)]
         if settings.system:
             messages.insert(0, Message("system", settings.system))
@@ -232,7 +324,22 @@ def _fitted(texts: Texts, builder: PromptBuilder, launch: Launch) -> Fitted:
     limit = launch.n_limit
     for_answer = room_for_answer(limit, settings.max_tokens)
     text = texts.instruction if texts.document is None else texts.document
-    return fit(text, build, builder.tokenizer, room=limit - for_answer, limit=limit, policy=settings.on_overflow)
+    try:
+        return fit(text, build, builder.tokenizer, room=limit - for_answer, limit=limit, policy=settings.on_overflow)
+    except InputTooLong as error:
+        if conversation is None or not conversation.exchanges:
+            raise
+        raise _no_longer_fits(error, conversation) from None
+
+
+def _no_longer_fits(error: InputTooLong, conversation: Conversation) -> InputTooLong:
+    n_turns = len(conversation.exchanges)
+    turns = "earlier turn takes" if n_turns == 1 else f"{n_turns} earlier turns take"
+    n_earlier = conversation.n_tokens
+    return InputTooLong(
+        f"{str(error).split('.')[0]}; the session's {turns} {n_earlier:,} tokens. --on-overflow tail leaves out "
+        "the oldest turns; or begin a new session"
+    )
 
 
 def exit_code_of(end: Delta, launch: Launch, notices: Notices) -> int:
@@ -261,6 +368,12 @@ def _announce(start: _Started, job: _Job) -> None:
     if fitted.n_kept < fitted.n_input:
         notices.say(
             f"the input is {fitted.n_input:,} tokens; {fitted.n_kept:,} were kept "
+            f"(--on-overflow {launch.settings.on_overflow})"
+        )
+    if start.n_dropped and job.earlier is not None:
+        turns = "oldest turn is" if start.n_dropped == 1 else f"{start.n_dropped} oldest turns are"
+        notices.say(
+            f"the session's {turns} left out from now on, of {len(job.earlier.turns)}: they did not all fit "
             f"(--on-overflow {launch.settings.on_overflow})"
         )
     notices.detail(f"{launch.file.path}: {launch.header.quantization}, {fitted.prompt.format} prompt, {launch.device}")

@@ -67,6 +67,12 @@ Schema = Annotated[
 ]
 JsonObject = Annotated[bool, typer.Option("--json-object", help="Answer with any JSON object.")]
 Choices = Annotated[str | None, typer.Option(metavar="A,B,C", help="Answer with exactly one of these.")]
+# Of conversations.
+GoesOn = Annotated[bool, typer.Option("--continue", help="Go on with the last session.")]
+SessionName = Annotated[
+    str | None, typer.Option("--session", metavar="NAME", help="Go on with this session, or begin it.")
+]
+Log = Annotated[bool | None, typer.Option("--log/--no-log", help="Keep question and answer. [yes: llamacli logs]")]
 # Of the machine.
 CtxSize = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Tokens in the context. [the model's]")]
 GpuLayers = Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")]

@@ -14,6 +14,7 @@ from time import perf_counter
 from llamacli import launch as launching
 from llamacli import machine
 from llamacli.commands.deliver import EXIT_CUT, say_it_completes, say_it_was_closed
+from llamacli.commands.journal import Outcome, known_as
 from llamacli.commands.local import exit_code_of
 from llamacli.commands.pace import Pace
 from llamacli.commands.question import RunOptions, Texts
@@ -229,6 +230,22 @@ class Parts:
         if self._end.added:
             return say_it_was_closed(self._ending, self._end.added, job.notices)
         return exit_code_of(self._ending, job.launch, job.notices)
+
+    def outcome(self) -> Outcome:
+        """The text itself is too long for any conversation: it is not kept."""
+        job, end = self._job, self._end and self._end.delta
+        n_input = self._began.n_input if self._began else 0
+        usage: dict[str, int | None] = {}
+        if job.plan is not None:
+            told = job.plan.told
+            usage = {name: getattr(told, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+        return Outcome(
+            model=known_as(job.launch.file),
+            question=f"[a text of {n_input:,} tokens, read in parts]\n\n{job.texts.instruction}",
+            finish_reason=end.finish_reason if end else None,
+            usage=usage,
+            seed=job.params.seed,
+        )
 
     def record(self, answer: str) -> dict[str, object]:
         job, began, end = self._job, self._began, self._ending

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,12 @@ class RunOptions:
     json_object: bool = False
     choices: str | None = None
     task: Task | None = None  # of a preset; the prompt is then what is said beside it
+    session: str | None = None  # its name
+    goes_on: bool = False  # with the last session
+
+    @property
+    def has_session(self) -> bool:
+        return self.session is not None or self.goes_on
 
     @property
     def has_form(self) -> bool:
@@ -74,6 +80,7 @@ def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
         raise UsageError("the prompt is empty")
     if settings.system and options.raw:
         raise UsageError("--raw and a system prompt contradict each other: write it into the prompt")
+    _check_session(settings, options)
     if settings.quiet and settings.verbose:
         raise UsageError("--quiet and --verbose contradict each other")
     if any("\ud800" <= character <= "\udfff" for text in options.stop for character in text):
@@ -87,11 +94,28 @@ def check(settings: Settings, options: RunOptions, reads_stdin: bool) -> None:
 
 
 _PLACE = "{stdin}"  # of the document, in an instruction; see prompt.with_document
+
+
+def _check_session(settings: Settings, options: RunOptions) -> None:
+    if options.session is not None and options.goes_on:
+        raise UsageError("--session and --continue contradict each other: which one is it?")
+    if options.has_session and options.raw:
+        raise UsageError("--raw sends the prompt as it is: there is no place for the turns of a session")
+    if options.has_session and settings.on_overflow == "map-reduce":
+        raise UsageError("--on-overflow map-reduce reads a text in parts, and not in a session: leave one of them out")
+
+
 # What a server elsewhere is not told, or does not do.
 _ONLY_HERE = (
     *("model", "ctx_size", "gpu_layers", "require_gpu", "threads", "kv_type", "on_overflow", "offline", "no_cache"),
     *("cache_size", "draft_model", "no_speculation"),
 )
+_RUN_FLAGS: Mapping[str, Callable[[RunOptions], bool]] = {
+    "--raw": lambda options: options.raw,
+    "--show-prompt": lambda options: options.show_prompt,
+    "--continue": lambda options: options.goes_on,
+    "--session": lambda options: options.session is not None,
+}
 _STRENGTH = {"default": 0, "file": 1, "environment": 2, "flag": 3}
 
 
@@ -110,7 +134,7 @@ def asks_remote(resolved: Resolved, options: RunOptions) -> bool:
             raise UsageError("--api-key is for a server: say --remote URL, too")
         return False
     idle = [flag_name(name) for name in _ONLY_HERE if sources[name].kind == "flag"]
-    idle += [flag for flag, is_given in (("--raw", options.raw), ("--show-prompt", options.show_prompt)) if is_given]
+    idle += [flag for flag, is_given in _RUN_FLAGS.items() if is_given(options)]
     if idle:
         raise UsageError(
             f"{', '.join(idle)} cannot be had of a remote server ({sources['remote']}): leave it out, or say --local"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamacli import __version__
 from llamacli.commands.deliver import EXIT_CUT
+from llamacli.commands.journal import Outcome
 from llamacli.commands.question import RunOptions, Texts, sampling, system_prompt
 from llamacli.commands.terminal import Notices
 from llamacli.config import Resolved
@@ -192,6 +193,11 @@ class Remote:
 
     def exit_code(self) -> int:
         return self._asked.exit_code(self._settings.max_tokens)
+
+    def outcome(self) -> Outcome:
+        """Never the address: it may hold a key."""
+        ending = self._asked.ending
+        return Outcome(finish_reason=ending.finish_reason, usage=dict(ending.usage), seed=self._fields.get("seed"))
 
     def record(self, answer: str) -> dict[str, object]:
         ending = self._asked.ending

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from llamacli.commands import question, terminal
 from llamacli.commands.deliver import deliver
+from llamacli.commands.journal import Answering, Heard, Journal
 from llamacli.commands.question import RunOptions
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Resolved, Settings
 from llamacli.engine.sequence import draw_seed
+from llamacli.errors import SchemaError
 
 if TYPE_CHECKING:
-    from llamacli.commands.deliver import Source
     from llamacli.commands.question import Texts
     from llamacli.engine.sequence import SamplingParams
     from llamacli.models.notes import Notes
@@ -36,11 +37,13 @@ def run(resolved: Resolved, options: RunOptions, places: Directories, *, started
     reads_stdin = terminal.stdin_has_text(asked_for="-" in (options.prompt, *options.files))
     question.check(resolved.settings, options, reads_stdin)
     form = question.form(options)
-    if question.asks_remote(resolved, options):
-        return _remote(resolved, options, form, reads_stdin, notices, started)
+    is_remote = question.asks_remote(resolved, options)
+    journal = Journal(resolved, options, places, notices)
+    if is_remote:
+        return _remote(resolved, options, form, reads_stdin, journal, notices, started)
     question.check_machine(resolved.settings)
     settings = replace(resolved.settings, system=question.system_prompt(resolved.settings.system))
-    return _here(settings, options, form, places, reads_stdin, notices, started)
+    return _here(journal.settings(settings), options, form, places, reads_stdin, journal, notices, started)
 
 
 def _remote(
@@ -48,6 +51,7 @@ def _remote(
     options: RunOptions,
     form: Form | None,
     reads_stdin: bool,
+    journal: Journal,
     notices: Notices,
     started: float,
 ) -> int:
@@ -56,7 +60,22 @@ def _remote(
     remote = Remote(resolved, options, form, notices, started=started)  # a wrong address is said before stdin is read
     texts = question.read_texts(options, reads_stdin, notices)
     remote.ask(texts)
-    return deliver(remote, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
+    system = question.system_prompt(resolved.settings.system)
+    return _delivered(remote, options, form, journal, texts, system)
+
+
+def _delivered(
+    source: Answering, options: RunOptions, form: Form | None, journal: Journal, texts: Texts, system: str | None
+) -> int:
+    """Write the answer to stdout, and then into the log. Returns the exit code."""
+    heard = Heard(source)
+    try:
+        code = deliver(heard, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
+    except BaseException as error:
+        journal.write(heard, source, texts, system, is_over=isinstance(error, SchemaError))
+        raise
+    journal.write(heard, source, texts, system, is_over=True)
+    return code
 
 
 def _here(
@@ -65,6 +84,7 @@ def _here(
     form: Form | None,
     places: Directories,
     reads_stdin: bool,
+    journal: Journal,
     notices: Notices,
     started: float,
 ) -> int:
@@ -74,6 +94,7 @@ def _here(
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, notices)
     draft = obtain_draft(settings, models_in(places), notes, notices)
+    journal.meet(file)
     params = question.sampling(settings, options)
     params = replace(params, seed=draw_seed()) if params.seed is None else params
     texts = None
@@ -81,7 +102,7 @@ def _here(
         texts = question.read_texts(options, reads_stdin, notices)
         parts = _parts(settings, options, params, form, texts, file, draft, notices, notes, started)
         if parts is not None:
-            return deliver(parts, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
+            return _delivered(parts, options, form, journal, texts, settings.system)
     if _has_neighbours(places):
         from llamacli.commands import attach
 
@@ -92,15 +113,16 @@ def _here(
             texts = texts or question.read_texts(options, reads_stdin, notices)
             attached = attach.Attached(server, file, settings, params, notices, notes, texts, started=started)
             if attach.begun(attached, notices):
-                return deliver(attached, as_json=options.as_json, stream=options.stream, files=texts.files)
+                return _delivered(attached, options, None, journal, texts, settings.system)
     from llamacli import launch as launching
-    from llamacli.commands.local import Local
+    from llamacli.commands.local import Earlier, Local
 
     launch = launching.prepare(settings, file, notices.say, notes, draft)
-    local = Local(launch, params, options, notices, notes, places.prefixes, form, started=started)
+    earlier = None if journal.session is None else Earlier(journal.session, journal.turns, journal.writes)
+    local = Local(launch, params, options, notices, notes, places.prefixes, form, earlier, started=started)
     texts = texts or question.read_texts(options, reads_stdin, notices)
     local.ask(texts)
-    code = deliver(local, as_json=options.as_json, stream=options.stream, form=form, files=texts.files)
+    code = _delivered(local, options, form, journal, texts, settings.system)
     with suppress(KeyboardInterrupt):  # the answer is there: only its prompt is not kept then
         local.store()
     return code
@@ -117,7 +139,7 @@ def _parts(
     notices: Notices,
     notes: Notes,
     started: float,
-) -> Source | None:
+) -> Answering | None:
     """Where the answer comes from if the input has to be read in parts."""
     from llamacli import launch as launching
     from llamacli.commands import parts

@@ -44,12 +44,16 @@ class Piece(NamedTuple):
 class Found:
     """What is stored of a prompt: its first `length` tokens, and the logits after them if that is all of it.
 
-    key   names the file with the last of its cells, on which another one may build
+    key      names the file with the last of its cells, on which another one may build
+    is_all   that file holds this prompt and nothing else
     """
 
-    def __init__(self, links: list[tuple[PrefixFile, int]], key: bytes, logits: bytes | None) -> None:
+    def __init__(
+        self, links: list[tuple[PrefixFile, int]], key: bytes, logits: bytes | None, *, is_all: bool = False
+    ) -> None:
         self.key = key
         self.logits = logits
+        self.is_all = is_all
         self.length = links[-1][1]
         self.n_files = len(links)
         self.paths = [file.path for file, _ in links]
@@ -126,7 +130,7 @@ class PrefixStore:
             links = self._chain(file, n)
             if links is not None:
                 self._use(links)
-                return Found(links, self._key(file.title.tokens), file.logits if is_all else None)
+                return Found(links, self._key(file.title.tokens), file.logits if is_all else None, is_all=is_all)
         return None
 
     def draft(

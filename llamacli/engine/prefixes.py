@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from llamacli.engine.kv import MIN_STORED, KvCache
+from llamacli.engine.kv import MIN_STORED, KvCache, common_prefix
 from llamacli.engine.model import Model
 from llamacli.engine.prefix_file import PIECE, Damaged, Draft
 from llamacli.engine.prefix_store import MAX_CHAIN, Found, PrefixStore
@@ -22,7 +22,7 @@ MAX_OWED = 32  # prompts that wait to be written; each keeps its logits in memor
 
 class _Owed(NamedTuple):
     tokens: array[int]
-    logits: bytes
+    logits: bytes | None  # after the last token, where somebody may ask for the very same again
 
 
 class Prefixes:
@@ -80,6 +80,18 @@ class Prefixes:
         """Note a prompt that has been read. What is restored is noted too: it may not be stored to its end."""
         self._owed.append(_Owed(tokens, logits))
 
+    def owe_answer(self, tokens: array[int], kv: KvCache) -> None:
+        """Note what is computed of a prompt and its answer: a conversation that goes on from there.
+
+        The prompt by itself then needs no file.
+        """
+        tokens = tokens[: kv.best_cached(tokens)[1]]
+        if len(tokens) < self.least:
+            return
+        others = (owed for owed in self._owed if common_prefix(owed.tokens, tokens) < len(owed.tokens))
+        self._owed = deque(others, maxlen=MAX_OWED)
+        self._owed.append(_Owed(tokens, None))
+
     def save(self, kv: KvCache, model: Model) -> Iterator[None]:
         """Write what is owed and still in the cache, a piece at each step. What cannot be written is forgotten."""
         while self._owed:
@@ -104,11 +116,12 @@ class Prefixes:
     def _write(self, owed: _Owed, kv: KvCache, model: Model) -> Iterator[None]:
         tokens, n = owed.tokens, len(owed.tokens)
         base = self._store.find(tokens)
-        if base is not None and base.logits is not None:
+        if base is not None and (base.is_all or (owed.logits is None and base.length == n)):
             return
         if base is not None and (base.length < n // 2 or base.n_files >= MAX_CHAIN):
             base = None  # to read what is not needed of it would cost more than it saves on the disk
         start = base.length if base else 0
+        n_logits = len(owed.logits or b"")
         draft: Draft | None = None
         try:
             for first in range(start, n, PIECE):
@@ -117,13 +130,13 @@ class Prefixes:
                 if not state:
                     return
                 if draft is None:
-                    n_bytes = len(state) * (-(-(n - start) // PIECE)) + len(owed.logits) + 8 * n
+                    n_bytes = len(state) * (-(-(n - start) // PIECE)) + n_logits + 8 * n
                     draft = self._store.draft(tokens, owed.logits, base, start, n_bytes)
                 if draft is None:
                     return
                 draft.add(state)
                 yield
-            draft = draft or self._store.draft(tokens, owed.logits, base, start, len(owed.logits) + 8 * n)
+            draft = draft or self._store.draft(tokens, owed.logits, base, start, n_logits + 8 * n)
             if draft is not None:
                 draft.finish()
                 self.n_stored += 1

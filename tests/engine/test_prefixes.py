@@ -168,3 +168,38 @@ def test_what_is_stored_is_restored_when_its_turn_has_come_and_not_computed_agai
         cached += [delta.usage.cached_tokens for delta in engine.step() if delta.usage]
     assert cached == [100] * 8
     assert engine.load.prefill_tokens == 0, "the first token comes from the stored logits"
+
+
+def test_an_answer_is_stored_with_its_prompt_and_a_conversation_goes_on_behind_it(
+    make_model: MakeModel, long_prompt: array[int], tmp_path: Path
+) -> None:
+    endless = SamplingParams(temperature=0, ignore_eos=True, max_tokens=40)
+
+    def conversed(prompt: array[int]) -> tuple[array[int], int, int]:
+        """What the cache holds then, the tokens that were not computed, and the prompts that were written."""
+        engine = engine_over(make_model(), tmp_path)
+        deltas = list(engine.generate(prompt, endless))
+        assert engine.prefixes is not None and deltas[-1].usage is not None
+        tokens = prompt + array("i", [delta.token for delta in deltas if delta.token is not None])
+        engine.prefixes.owe_answer(tokens, engine.kv)
+        for _ in engine.prefixes.save(engine.kv, engine.model):
+            pass
+        return tokens[:-1], deltas[-1].usage.cached_tokens, engine.prefixes.n_stored  # the last one is not computed
+
+    first, n_cached, n_stored = conversed(long_prompt)
+    assert (n_cached, n_stored) == (0, 1), "the prompt needs no file of its own"
+    second, n_cached, n_stored = conversed(first + long_prompt[:10])
+    assert (n_cached, n_stored, len(list(tmp_path.iterdir()))) == (len(first), 1, 2)
+    sizes = sorted(path.stat().st_size for path in tmp_path.iterdir())
+    assert sizes[0] < sizes[1], "what both begin with is on the disk once"
+    assert conversed(first)[1:] == (len(first) - 1, 1), "no logits: the last token is computed"
+    assert conversed(second + long_prompt[:10])[1] == len(second)
+
+
+def test_a_short_conversation_is_not_stored(make_model: MakeModel, tmp_path: Path) -> None:
+    engine = engine_over(make_model(), tmp_path)
+    deltas = list(engine.generate([1, 5, 9], SamplingParams(max_tokens=20)))
+    assert engine.prefixes is not None
+    tokens = array("i", [1, 5, 9, *(delta.token for delta in deltas if delta.token is not None)])
+    engine.prefixes.owe_answer(tokens, engine.kv)
+    assert not engine.prefixes.owes

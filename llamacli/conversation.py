@@ -1,0 +1,128 @@
+"""A conversation as a model sees it: turns become a prompt, token for token as the answers were written.
+
+Knows nothing of where turns are kept, nor of who reads the answers.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from llamacli.engine.recall import Recall, spelling
+from llamacli.errors import UsageError
+from llamacli.prompt import Message, Prompt, PromptBuilder
+
+ROOM_AFTER_DROPPING = 2  # what is kept then takes this part of the context: the next turns need no dropping again
+
+
+class Exchange(NamedTuple):
+    """A question and its answer. `tokens` are those that the answer was written with, if they are known."""
+
+    question: str
+    answer: str
+    tokens: array[int]
+
+
+class Conversation:
+    """What has been said so far to one model.
+
+    builder   of its prompts, with this very recall
+    piece     the bytes of one of its tokens
+    summary   of what was said before the first exchange
+    """
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        recall: Recall,
+        piece: Callable[[int], bytes],
+        exchanges: Sequence[Exchange] = (),
+        *,
+        system: str | None = None,
+        summary: str | None = None,
+    ) -> None:
+        self.builder = builder
+        self.exchanges = list(exchanges)
+        self.system = system
+        self.summary = summary
+        self._recall = recall
+        self._piece = piece
+        self._n_known = 0  # exchanges whose tokens the recall has been told
+
+    def prompt(self, question: str) -> Prompt:
+        """What the model is to read for a next answer. Raises UsageError where it has no place for earlier turns."""
+        self._teach()
+        return self.builder.build([*self._messages(len(self.exchanges)), Message("user", question)])
+
+    @property
+    def n_tokens(self) -> int:
+        """What the last prompt and its answer took."""
+        if not self.exchanges:
+            return 0
+        self._teach()
+        last = self.exchanges[-1]
+        prompt = self.builder.build([*self._messages(len(self.exchanges) - 1), Message("user", last.question)])
+        written = self._spelt(last)
+        return len(prompt.tokens) + len(self.builder.tokenizer.tokenize(last.answer) if written is None else written)
+
+    def before(self) -> list[Message]:
+        """What stands before the first exchange."""
+        return self._messages(0)
+
+    def add(self, exchange: Exchange) -> None:
+        self.exchanges.append(exchange)
+
+    def drop_last(self) -> Exchange:
+        self._n_known = min(self._n_known, len(self.exchanges) - 1)
+        return self.exchanges.pop()
+
+    def forget(self, n: int, summary: str | None = None) -> None:
+        """Leave out the oldest exchanges. What is left stands behind other tokens now."""
+        del self.exchanges[:n]
+        self.summary = summary or self.summary
+        self._n_known = 0
+
+    def change_system(self, system: str | None) -> None:
+        self.system = system
+        self._n_known = 0
+
+    def n_to_drop(self, question: str, room: int, limit: int) -> int:
+        """How many of the oldest exchanges must go for a prompt within `room` tokens; 0 if it fits as it is.
+
+        More than would do, so that not every turn begins anew: what stays takes half of the context, or is nothing.
+        """
+        if len(self.prompt(question).tokens) <= room:
+            return 0
+        goal = min(room, limit // ROOM_AFTER_DROPPING)
+        for n in range(1, len(self.exchanges)):
+            left = self._messages(len(self.exchanges), start=n)
+            if len(self.builder.build([*left, Message("user", question)]).tokens) <= goal:
+                return n
+        return len(self.exchanges)
+
+    def _messages(self, end: int, start: int = 0) -> list[Message]:
+        """The system prompt, and the exchanges from `start` up to `end`."""
+        parts = [self.system, self.summary and f"What was said before, in short: {self.summary}"]
+        system = "\n\n".join(part for part in parts if part)
+        messages = [Message("system", system)] if system else []
+        for exchange in self.exchanges[start:end]:
+            messages += [Message("user", exchange.question), Message("assistant", exchange.answer)]
+        return messages
+
+    def _teach(self) -> None:
+        """Tell the recall how each answer was written, first to last: each prompt builds on those before."""
+        for i in range(self._n_known, len(self.exchanges)):
+            exchange = self.exchanges[i]
+            tokens = self._spelt(exchange)
+            if tokens is not None:
+                before = self.builder.build([*self._messages(i), Message("user", exchange.question)])
+                self._recall.note(before.tokens, tokens, exchange.answer)
+        self._n_known = len(self.exchanges)
+
+    def _spelt(self, exchange: Exchange) -> array[int] | None:
+        """The answer's tokens, if they are this text in this model's vocabulary: another model may have said it."""
+        try:
+            return spelling(exchange.answer, exchange.tokens, self._piece)
+        except UsageError:  # a token that this vocabulary does not have
+            return None

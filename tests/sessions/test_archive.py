@@ -1,0 +1,177 @@
+"""The file of all conversations: what is written is found again, and what is wrong with it is said in one line."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import threading
+from array import array
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamacli.errors import LlamacliError, ResourceError, UsageError
+from llamacli.sessions.archive import VERSION, Archive
+from llamacli.sessions.session import LONGEST_NAME, Session, Turn, checked_name, packed, unpacked
+
+QUESTION = Turn(question="Who made Llama 2?", answer="Meta.", tokens=array("i", [4, 5, 31_999]), finish_reason="stop")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "sessions.sqlite3"
+
+
+def test_a_turn_comes_back_as_it_was_written(path: Path) -> None:
+    turn = replace(
+        QUESTION, model="tiny", asked=1.5, answered=2.5, prompt_tokens=9, completion_tokens=3, seed=2**32 - 2
+    )
+    with Archive(path) as archive:
+        session, written = archive.add(Session(name="trip", model="tiny", system="Be brief."), turn)
+        assert archive.turns(session) == [written] == [replace(turn, id=written.id)]
+        found = archive.find("TRIP")
+    assert (found.id, found.name, found.system, found.model) == (session.id, "trip", "Be brief.", "tiny")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_the_last_session_is_the_one_used_last_and_a_name_goes_on(path: Path) -> None:
+    with Archive(path) as archive:
+        first, _ = archive.add(Session(name="a"), QUESTION)
+        second, _ = archive.add(Session(), QUESTION)
+        assert archive.last() == second
+        again, _ = archive.add(Session(name="A"), QUESTION)  # begun by two processes at once
+        last = archive.last()
+        assert last is not None and last.id == first.id == again.id
+        assert len(archive.turns(first)) == 2
+
+
+def test_a_question_is_kept_before_its_answer_and_what_is_replaced_is_gone_from_the_conversation(path: Path) -> None:
+    with Archive(path) as archive:
+        session, asked = archive.add(Session(), Turn(question="Why?"))
+        assert archive.turns(session)[0].answer is None
+        archive.answer(session, replace(asked, answer="Because.", tokens=array("i", [1])))
+        _, other = archive.add(session, replace(QUESTION, question="Why not?"))
+        archive.replaced(asked.id)
+        assert archive.turns(session) == [other]
+
+
+def test_a_session_that_was_removed_meanwhile_does_not_cost_the_answer(path: Path) -> None:
+    with Archive(path) as archive:
+        session, _ = archive.add(Session(name="a"), QUESTION)
+        archive.remove(session)
+        archive.add(session, QUESTION)
+        assert [turn.answer for turn in archive.turns(archive.find("a"))] == ["Meta."]
+
+
+def test_search_finds_any_case_of_any_script_in_all_that_was_said(path: Path) -> None:
+    with Archive(path) as archive:
+        archive.add(Session(), replace(QUESTION, question="Grüße an ÖZGÜR 100%"))
+        archive.add(Session(name="Straße"), replace(QUESTION, answer="nothing of it"))
+        archive.add(Session(), Turn(question="left without an answer"))
+        for text, n in (("özgür", 1), ("STRASSE", 1), ("LLAMA", 1), ("Meta", 1), ("100%", 1), ("0_%", 0), ("left", 1)):
+            assert len(archive.listed(9, text)) == n, text
+        (found,) = archive.listed(9, "özgür")
+        assert found.found == found.first == "Grüße an ÖZGÜR 100%" and found.n_turns == 1
+        assert len(archive.listed(2)) == 2
+
+
+def test_what_is_removed_is_gone_from_the_file_too(path: Path) -> None:
+    with Archive(path) as archive:
+        session, _ = archive.add(Session(), replace(QUESTION, question="my secret recipe"))
+        archive.add(Session(), QUESTION)
+        archive.remove(session)
+        assert b"secret" not in path.read_bytes()
+        assert archive.clear() == 1 and archive.listed(9) == []
+
+
+@pytest.mark.parametrize("name", ["", "  ", "12", "a\nb", "\x1b[2J", "x" * (LONGEST_NAME + 1)])
+def test_a_name_that_cannot_be_told_from_an_id_or_read_is_refused(name: str) -> None:
+    with pytest.raises(UsageError):
+        checked_name(name)
+
+
+def test_a_name_that_is_taken_and_a_session_that_is_not_there_are_refused(path: Path) -> None:
+    with Archive(path) as archive:
+        archive.add(Session(name="a"), QUESTION)
+        session, _ = archive.add(Session(), QUESTION)
+        with pytest.raises(UsageError, match="already"):
+            archive.keep(replace(session, name="A"))
+        for reference in ("b", "99", "9" * 30, ""):
+            with pytest.raises(UsageError, match="there is no session"):
+                archive.find(reference)
+
+
+def test_a_models_path_that_is_no_text_is_kept_as_far_as_it_goes(path: Path) -> None:
+    with Archive(path) as archive:
+        session, _ = archive.add(Session(model="/m/\udcff.gguf"), QUESTION)
+        assert archive.find(str(session.id)).model == "/m/?.gguf"
+
+
+def test_tokens_are_little_endian_wherever_they_are_written() -> None:
+    assert packed(array("i", [1, 256])) == b"\1\0\0\0\0\1\0\0"
+    assert unpacked(b"\1\0\0\0\0\1\0\0") == array("i", [1, 256])
+
+
+def test_many_writers_at_once_lose_nothing(path: Path) -> None:
+    def write(i: int) -> None:
+        for j in range(10):
+            with Archive(path, patience=30) as archive:
+                archive.add(Session(name="all"), replace(QUESTION, question=f"{i} {j}"))
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with Archive(path) as archive:
+        asked = [turn.question for turn in archive.turns(archive.find("all"))]
+    assert sorted(asked) == sorted(f"{i} {j}" for i in range(6) for j in range(10))
+
+
+def locked(path: Path) -> sqlite3.Connection:
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    return holder
+
+
+def test_a_file_that_stays_locked_is_said_to_be_and_can_still_be_read(path: Path) -> None:
+    with Archive(path, patience=0.1) as archive:
+        archive.add(Session(name="a"), QUESTION)
+        holder = locked(path)
+        with pytest.raises(ResourceError, match=f"{path} stays locked by another process"):
+            archive.add(Session(), QUESTION)
+        assert archive.find("a").name == "a"
+        holder.close()
+        archive.add(Session(), QUESTION)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: b"not a database" * 99, lambda raw: raw[:100] + b"\xff" * (len(raw) - 100)]
+)
+def test_a_damaged_file_is_one_line_that_says_what_to_do(path: Path, damage: object) -> None:
+    assert callable(damage)
+    with Archive(path) as archive:
+        archive.add(Session(), QUESTION)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(LlamacliError, match=r"is damaged: move it and its -wal and -shm files away"):
+        with Archive(path) as archive:
+            archive.add(Session(), QUESTION)
+
+
+def test_a_newer_file_and_one_of_another_program_are_refused(path: Path) -> None:
+    Archive(path).close()
+    with sqlite3.connect(path) as other:
+        other.execute(f"PRAGMA user_version = {VERSION + 1}")
+    with pytest.raises(UsageError, match=f"has layout {VERSION + 1}.*install a newer llamacli"):
+        Archive(path)
+    with sqlite3.connect(path) as other:
+        other.execute("PRAGMA application_id = 7")
+    with pytest.raises(ResourceError, match="another program"):
+        Archive(path)
+
+
+def test_a_directory_that_cannot_be_written_is_said_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("in the way")
+    with pytest.raises(ResourceError, match=r"cannot be written.*LLAMACLI_HOME"):
+        Archive(tmp_path / "data" / "sessions.sqlite3")
