@@ -42,6 +42,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.batching --model "$$MODEL"
 	$(BIN)/python -m benchmarks.parts --model "$$MODEL"
 	$(BIN)/python -m benchmarks.sessions --model "$$MODEL"
+	$(BIN)/python -m benchmarks.speculation --model "$$MODEL"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ FLOORS = [
         *("commands.ready_file", "commands.rehearsal", "commands.presets"),
         *("commands.run", "commands.chat", "commands.batch", "commands.models", "commands.serve"),
     ],
-    ["commands.testing_options", "commands.keeping", "commands.talking", "commands.app"],
+    ["commands.testing_options", "commands.keeping", "commands.talking", "commands.serving", "commands.app"],
     ["__main__"],
     ["testing.api", "testing.process", "testing.plugin"],
 ]
@@ -112,7 +112,10 @@ HOMES = {
     "uvicorn": ["server.listen"],
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
-    "typer": ["commands.testing_options", "commands.options", "commands.keeping", "commands.talking", "commands.app"],
+    "typer": [
+        *("commands.testing_options", "commands.options", "commands.keeping", "commands.talking"),
+        *("commands.serving", "commands.app"),
+    ],
     "rich": ["commands.progress", "commands.pace", "commands.stages", "commands.table", "commands.rendering"],
     "markdown_it": ["commands.rendering"],
     "prompt_toolkit": ["commands.editor"],
@@ -255,7 +258,8 @@ def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use(tmp_pa
 
 # What an answer to a short prompt takes: whoever adds to it makes every answer start later.
 PLAIN = {
-    *("commands.app", "commands.talking", "commands.keeping", "commands.options", "commands.testing_options"),
+    *("commands.app", "commands.talking", "commands.serving", "commands.keeping"),
+    *("commands.options", "commands.testing_options"),
     *("commands.run", "commands.question", "commands.deliver", "commands.obtain", "commands.local"),
     "commands.journal",
     *("commands.terminal", "errors", "config", "launch", "machine", "gguf", "gguf_header", "prompt"),

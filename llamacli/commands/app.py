@@ -11,13 +11,13 @@ import signal
 import sys
 from collections.abc import MutableMapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from llamacli import __version__
-from llamacli.commands import keeping, options, talking, testing_options
+from llamacli.commands import keeping, options, serving, talking
 from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, resolved
 from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError
@@ -32,8 +32,17 @@ COMMANDS = (
 STARTED_OBJECTS = 50_000  # more than an answer makes until its first word
 TOP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists the commands as COMMANDS does, whichever file they come from."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in COMMANDS if name in self.commands]
+
+
 app = typer.Typer(
     name="llamacli",
+    cls=_InOrder,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -131,7 +140,7 @@ def leave_only(name: str) -> None:
     """Forget the other commands, when it is known which one is called: to build the parsers of all takes 25 ms."""
     if "_LLAMACLI_COMPLETE" in os.environ or name in ("--help", "-h"):
         return
-    for group in (app, talking.app, keeping.app):
+    for group in (app, talking.app, serving.app, keeping.app):
         group.registered_commands = [
             each for each in group.registered_commands if name in (each.name, getattr(each.callback, "__name__", None))
         ]
@@ -373,90 +382,6 @@ def embed(
     return command.run(resolved(flags).settings, wishes, directories(os.environ))
 
 
-@app.command(epilog="Example: llamacli serve -m tiny --port 0 & sleep 3; kill $!; wait $!")
-def serve(
-    model: Model = None,
-    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen at; 0 is any that is free.")] = 8080,
-    uds: Annotated[str | None, typer.Option(metavar="PATH", help="Listen at a Unix socket instead.")] = None,
-    slots: Annotated[int, typer.Option(help="Answers that are computed at once.")] = 4,
-    queue: Annotated[int, typer.Option(help="Requests that may wait for a slot; more get status 429.")] = 64,
-    ctx_size: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", help="Tokens of the longest conversation. [the model's]")
-    ] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="LLAMACLI_API_KEY", help="A key that clients must send. Repeatable.")
-    ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a key.")] = False,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages from here may call; * is any. Repeatable.")
-    ] = None,
-    max_body: Annotated[int, typer.Option(help="The largest request, in bytes.")] = 10 << 20,
-    grace: Annotated[float, typer.Option(help="Seconds for open answers when the server is to end.")] = 30.0,
-    headers_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 15.0,
-    body_timeout: Annotated[float, typer.Option(help="Seconds for the body of a request.")] = 30.0,
-    reading_timeout: Annotated[float, typer.Option(help="Seconds for a client that does not read its answer.")] = 60.0,
-    gpu_layers: Annotated[str | None, typer.Option(metavar="auto|all|N", help="Layers on the GPU. [auto]")] = None,
-    require_gpu: Annotated[bool | None, typer.Option("--require-gpu", help="Fail rather than run on the CPU.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [one for each core we may use]")] = None,
-    repack: Annotated[str, typer.Option(metavar="auto|on|off", help="Rewrite the weights for this CPU.")] = "auto",
-    kv_type: KvType = None,
-    draft_model: options.DraftModel = None,
-    no_speculation: options.NoSpeculation = None,
-    no_cache: NoCache = None,
-    cache_size: CacheSize = None,
-    offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
-    quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
-    ready_file: testing_options.ReadyFile = None,
-    deterministic: testing_options.Deterministic = False,
-    record: testing_options.Record = None,
-    replay: testing_options.Replay = None,
-    replay_or_run: testing_options.ReplayOrRun = False,
-    replay_timing: testing_options.ReplayTiming = False,
-    match_on: testing_options.MatchOn = None,
-    upstream: testing_options.Upstream = None,
-    upstream_key: testing_options.UpstreamKey = None,
-    remote_timeout: testing_options.UpstreamTimeout = None,
-    allow_simulation: testing_options.AllowSimulation = False,
-    simulate: testing_options.Simulate = None,
-) -> int:
-    """Serve the Llama 2 API and the OpenAI API over HTTP."""
-    flags = {name: value for name, value in locals().items() if name in _SETTINGS}
-    from llamacli.commands import rehearsal
-    from llamacli.commands import serve as command
-    from llamacli.server.connection import Patience
-
-    testing = rehearsal.Wishes(
-        is_deterministic=deterministic,
-        record=Path(record) if record else None,
-        replay=Path(replay) if replay else None,
-        runs_too=replay_or_run,
-        keeps_time=replay_timing,
-        match_on=tuple(match_on or ()),
-        upstream=upstream,
-        upstream_key=upstream_key or None,
-        allows_simulation=allow_simulation,
-        simulate=Path(simulate) if simulate else None,
-    )
-    wishes = command.Wishes(
-        host=host,
-        port=port,
-        uds=Path(uds) if uds else None,
-        slots=slots,
-        queue=queue,
-        api_keys=tuple(api_key or ()),
-        no_auth=no_auth,
-        cors_origins=tuple(cors_origin or ()),
-        max_body=max_body,
-        grace=grace,
-        repack=repack,
-        patience=Patience(headers=headers_timeout, body=body_timeout, reading=reading_timeout),
-        ready_file=Path(ready_file) if ready_file else None,
-        testing=testing,
-    )
-    return command.run(resolved(flags).settings, wishes, directories(os.environ))
-
-
 @app.command(epilog="Example: llamacli bench -m tiny --time 2")
 def bench(
     model: Model = None,
@@ -501,6 +426,7 @@ def doctor(as_json: JsonFlag = False) -> int:
 
 
 app.add_typer(talking.app)
+app.add_typer(serving.app)
 app.add_typer(keeping.app)
 
 
