@@ -266,7 +266,7 @@ PLAIN = {
     *("models.catalog", "models.reference", "models.store", "models.notes", "models.checksum"),
     *("engine.bindings", "engine.devices", "engine.memory", "engine.llama", "engine.model", "engine.sampling"),
     *("engine.sequence", "engine.kv", "engine.scheduler", "engine.engine", "engine.detokenizer", "engine.recall"),
-    *("engine.lookup", "engine.speculation", "engine.draft_model"),
+    *("engine.lookup", "engine.speculation"),
     *("choices", "guessing", "stored_prefixes", "__main__", "commands", "models", "engine"),
 }
 PLAIN_THIRD_PARTIES = {

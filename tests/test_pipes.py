@@ -127,8 +127,8 @@ def test_json_is_one_object_with_everything_about_the_run(llamacli: Run) -> None
 
 
 def test_guesses_speed_up_what_is_copied_and_change_nothing(llamacli: Run) -> None:
-    copy = "Repeat: the small red boat went down the river past green hills and quiet farms"
-    drawn = ("--json", "--seed", "4", copy)
+    text = "the small red boat went down the river past green hills and quiet farms while old people on the bank talked"
+    drawn = ("--json", "--seed", "4", "-n", "150", f"Repeat after me: {' '.join(text.split()[::-1])}")
     record = json.loads(llamacli(*drawn).stdout)
     assert 0 < record["speculation"]["right"] <= record["speculation"]["guessed"]
     without = json.loads(llamacli("--no-speculation", *drawn).stdout)

@@ -9,17 +9,15 @@ import math
 from typing import Protocol
 
 from llamacli.engine.kv import Memory, common_prefix
+from llamacli.engine.lookup import Guesses
 from llamacli.engine.model import BatchFailed, KvFull
 from llamacli.engine.sequence import Chunk, Logprobs, Sequence
 
-FURTHEST = 8  # tokens that are written ahead
 LEAST_SURE = 0.35  # the smaller model stops where its likeliest token has a lower probability
 PATIENCE = 64  # steps after which what did not pay is tried again
 _PRIOR, _PRIOR_WEIGHT = 0.7, 8.0
 _MEMORY = 0.98
 _SUREST = 0.98
-
-Guesses = list[tuple[int, float]]
 
 
 class Drafting(Memory, Protocol):

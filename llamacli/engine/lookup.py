@@ -8,13 +8,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+Guesses = list[tuple[int, float]]  # tokens, each with the chance that it and all before it are right
+
 SHORTEST = 2  # tokens that must have stood there before
 LONGER = 3  # tokens that are looked for first
 LONGEST = 16  # counted of a match: a longer one says no more
 _EDGES = (2, 3, 4, 6, 10)  # matches of so many tokens and more are trusted alike
 _KINDS = tuple(max(sum(match >= edge for edge in _EDGES) - 1, 0) for match in range(LONGEST + 1))
-_PRIOR = (0.25, 0.4, 0.5, 0.65, 0.85)  # how often the next token is right after a match, before anything is known
-_PRIOR_WEIGHT = 4.0  # tokens that it takes to learn otherwise
+_PRIOR = (0.25, 0.4, 0.55, 0.75, 0.9)  # how often the next token is right after a match, before anything is known
+_PRIOR_WEIGHT = 12.0  # tokens that it takes to learn otherwise: what is copied right now says little of where it ends
 _MEMORY = 0.97  # what a token counts when the next one comes
 
 

@@ -11,20 +11,25 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from heapq import heapify, heapreplace
+from typing import TYPE_CHECKING
 
-from llamacli.engine.draft_model import FURTHEST, DraftModel, Guesses
-from llamacli.engine.lookup import Lookup
+from llamacli.engine.lookup import Guesses, Lookup
 from llamacli.engine.sequence import Sequence
 
+if TYPE_CHECKING:
+    from llamacli.engine.draft_model import DraftModel
+
+FURTHEST = 8  # tokens that a smaller model writes ahead
 LEAST_CHANCE = 0.02  # of a guess that is considered at all
-MARGIN = 1.03  # a step with guesses must promise so much more
+TRUST = 0.85  # what a promised token counts, beside one that is certain
 _WEIGHT = 0.2  # of the newest time in the average
 _DISTURBED = 3.0  # times the average: a longer step counts as one that took so long
 _REMEMBERED = 200  # steps
 
-# What a step of so many rows takes, in steps of one row: K-quants on two cores. Other formats, and more cores, have
-# cheaper rows. Eight rows cost as much as sixteen, because the kernels for many rows take sixteen at once.
-ON_CPU = {1: 1.0, 2: 1.6, 4: 2.7, 7: 4.2, 8: 5.2, 16: 5.4, 17: 7.2, 32: 7.6, 33: 9.8, 48: 10.2}
+# What a step of so many rows takes, in steps of one row: a 7B in a K-quant on two cores. Smaller models, other formats
+# and more cores have cheaper rows, as `tune` finds out. Eight rows cost nearly as much as sixteen, because the kernels
+# for many rows take sixteen at once.
+ON_CPU = {1: 1.0, 2: 2.1, 4: 3.6, 7: 6.6, 8: 8.1, 16: 8.9, 17: 11.0, 32: 12.0, 33: 15.0, 48: 16.0}
 ON_GPU = {1: 1.0, 8: 1.1, 16: 1.25, 32: 1.5, 64: 2.0}
 
 
@@ -158,7 +163,7 @@ class Speculation:
         asked = [
             i
             for i, (limit, offer) in enumerate(zip(limits, offers, strict=True))
-            if limit > 0 and (not offer or offer[0][1] < model.chance)
+            if limit > 0 and decoding[i].id not in self._foreseen and (not offer or offer[0][1] < model.chance)
         ]
         if not asked:
             return
@@ -190,7 +195,7 @@ class Speculation:
 
 def _tokens_ahead(model: DraftModel, n_known: int, n_asked: int, n_rows: int, cost: Cost) -> int:
     """How many tokens to write ahead for most tokens of a second; 0 where that does not pay."""
-    best, best_rate, expected, right = 0, MARGIN * n_known / cost(n_known), float(n_known), 1.0
+    best, best_rate, expected, right = 0, n_known / cost(n_known), float(n_known), TRUST
     for n in range(1, min(FURTHEST, n_rows // n_asked) + 1):
         right *= model.chance
         expected += n_asked * right
@@ -212,13 +217,13 @@ def share_out(chances: list[list[float]], n_most: int, cost: Cost) -> list[int]:
     n_known = len(chances)
     queue = [(-offer[0], i) for i, offer in enumerate(chances) if offer]
     heapify(queue)
-    best, best_rate = shares[:], MARGIN * n_known / cost(n_known)
+    best, best_rate = shares[:], n_known / cost(n_known)
     expected = float(n_known)
     for n_extra in range(1, n_most + 1):
         if not queue or not queue[0][0]:
             break
         chance, i = queue[0]
-        expected -= chance
+        expected -= TRUST * chance
         shares[i] += 1
         following = -chances[i][shares[i]] if shares[i] < len(chances[i]) else 0.0
         heapreplace(queue, (following, i))
