@@ -17,7 +17,7 @@ from llamacli.commands.deliver import EXIT_CUT
 from llamacli.commands.face import Face, Said
 from llamacli.commands.journal import in_context, known_as
 from llamacli.commands.minutes import Minutes
-from llamacli.commands.obtain import models_in, obtain
+from llamacli.commands.obtain import models_in, obtain, obtain_draft
 from llamacli.commands.question import RunOptions
 from llamacli.commands.reading import documents_at
 from llamacli.commands.resident import Resident
@@ -26,6 +26,7 @@ from llamacli.config import Directories, Settings
 from llamacli.conversation import Conversation, Exchange
 from llamacli.engine.sequence import FinishReason, SamplingParams, draw_seed
 from llamacli.errors import EngineError, InputTooLong, LlamacliError, UsageError
+from llamacli.launch import Launch
 from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile
 from llamacli.prompt import Format, Message, format_of, room_for_answer, with_document
@@ -76,12 +77,16 @@ class Talk:
 
     def _begun(self, file: ModelFile) -> Resident:
         """Raises UsageError for a model that cannot converse."""
-        launch = launching.prepare(self.settings, file, self._notices.say, self._notes)
+        launch = self._launch(file, self._notices.say)
         if format_of(launch.header, file.format) is Format.COMPLETION:
             raise UsageError(
                 f"{file.name} is a base model: it continues texts and cannot converse; llamacli run does that"
             )
         return Resident(launch, self._news.append, self._places.prefixes)
+
+    def _launch(self, file: ModelFile, notice: Callable[[str], None]) -> Launch:
+        draft = obtain_draft(self.settings, models_in(self._places), self._notes, self._notices)
+        return launching.prepare(self.settings, file, notice, self._notes, draft)
 
     @property
     def is_hopeless(self) -> bool:
@@ -116,7 +121,7 @@ class Talk:
         """Raises LlamacliError, and goes on with the model that was there."""
         before, settings = self.file, replace(self.settings, model=name)
         file = obtain(settings, models_in(self._places), self._notes, self._notices)
-        launch = launching.prepare(settings, file, lambda _: None, self._notes)  # what is wrong with it is said now
+        launch = self._launch(file, lambda _: None)  # what is wrong with it is said now
         if format_of(launch.header, file.format) is Format.COMPLETION:
             raise UsageError(f"{file.name} is a base model: it continues texts and cannot converse")
         self._conversation = None

@@ -44,6 +44,8 @@ def chat(
     require_gpu: options.RequireGpu = None,
     threads: options.Threads = None,
     kv_type: options.KvType = None,
+    draft_model: options.DraftModel = None,
+    no_speculation: options.NoSpeculation = None,
     offline: options.Offline = None,
     no_cache: options.NoCache = None,
     cache_size: options.CacheSize = None,

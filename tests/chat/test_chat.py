@@ -359,6 +359,14 @@ def test_each_turn_computes_only_what_is_new(llamacli: Run) -> None:
         assert held - 1 <= after["cached_tokens"] <= held, "the last token of an answer that was cut is not computed"
 
 
+def test_a_smaller_model_writes_ahead_in_a_chat_too(llamacli: Run) -> None:
+    guessing = ("--temperature", "0", "--draft-model")
+    plain = chat(llamacli, "--temperature", "0", "--no-speculation", input=f"{ADA}\n{WHO}\n")
+    assert chat(llamacli, *guessing, "tiny", input=f"{ADA}\n{WHO}\n").stdout == plain.stdout
+    refused = chat(llamacli, *guessing, "no-such-model", input=f"{ADA}\n")
+    assert (refused.stdout, refused.returncode) == ("", 5)
+
+
 def test_sigint_in_a_pipe_keeps_what_there_is(environment: dict[str, str], slow_model: Path, llamacli: Run) -> None:
     with subprocess.Popen(
         [*CHAT, "-m", str(slow_model)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
