@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from scripted import EOS, ScriptedModel, count_up
 from test_engine import drain, is_clean, tokens_of
 
+from llamacli.engine.bindings import bindings
 from llamacli.engine.draft_model import DraftModel
 from llamacli.engine.engine import Engine
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights
 from llamacli.engine.lookup import Lookup
 from llamacli.engine.model import Aborted, KvFull
-from llamacli.engine.sequence import Alternative, Delta, FinishReason, Logprobs, SamplingParams
+from llamacli.engine.sequence import Alternative, Chunk, Delta, FinishReason, Logprobs, SamplingParams, Sequence
 from llamacli.engine.speculation import ON_CPU, Speculation, StepCosts, share_out
 from llamacli.gguf import read_model
 from llamacli.prompt import Message, PromptBuilder
@@ -216,6 +217,53 @@ def test_the_text_that_a_grammar_forces(weights: LlamaWeights, grammar: str, for
     assert grammars.forced_text(one) == forced, "looking ahead changes nothing"
     pieces = b"".join(map(weights.vocabulary.piece, weights.vocabulary.continuing(forced)))
     assert pieces.decode() == forced
+
+
+def test_a_grammar_that_may_go_on_in_thousands_of_ways_is_not_looked_ahead_in(engine: Engine) -> None:
+    """To copy one takes as long as a step."""
+    for n, is_foreseen in ((20, True), (4000, False)):
+        grammar = "root ::= " + " | ".join(f'"number {i}"' for i in range(n))
+        sampler = engine.model.sampler(SamplingParams(grammar=grammar), array("i", [1]))
+        assert bool(sampler.foreseen()) is is_foreseen
+        sampler.close()
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "goes_on"),
+    [
+        ("root ::= [жд]+", "жд", True),
+        ('root ::= "é"?', "", True),
+        ('root ::= "é"?', "é", False),
+        ('root ::= "yes" | "yesterday"', "yes", True),
+        ('root ::= "yes" | "yesterday"', "yesterday", False),
+    ],
+)
+def test_single_bytes_tell_whether_a_grammar_goes_on(
+    weights: LlamaWeights, grammar: str, text: str, goes_on: bool
+) -> None:
+    grammars = weights.vocabulary.grammars
+    one = grammars.clone(grammar)
+    for token in weights.vocabulary.continuing(text):
+        bindings().fast.llama_sampler_accept(one, token)
+    assert grammars.goes_on(one) is goes_on
+
+
+def test_what_is_foreseen_shrinks_with_what_comes_of_it(engine: Engine, weights: LlamaWeights) -> None:
+    model, text = engine.model, '{"first name":"'
+    prompt = weights.vocabulary.tokenize("A name:")
+    sequence = Sequence(0, prompt)
+    sequence.slot = 0
+    sampler = model.sampler(SamplingParams(temperature=0, grammar='root ::= "{\\"first name\\":\\"" [a-z]+'), prompt)
+    row = model.run([Chunk(sequence, 0, len(prompt))])[0]
+    while text:
+        assert sampler.foreseen() == weights.vocabulary.continuing(text)
+        token = sampler.sample(row)  # always from the same logits: only the grammar moves
+        assert token is not None
+        text = text[len(model.piece(token)) :]
+    assert not sampler.foreseen()
+    sampler.close()
+    engine.close()
 
 
 # -- a smaller model that writes ahead --
