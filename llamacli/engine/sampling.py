@@ -53,6 +53,7 @@ class LlamaSampler:
         self._is_argmax = model.n_slots > 1 and _is_greedy(params) and not _biases(vocabulary, params)
         self._candidates = _Candidates(self._bindings.c, vocabulary.n_tokens) if self._grammar else None
         self._looks_ahead = params.grammar is not None and vocabulary.grammars.is_light(params.grammar)
+        self._may_end = not params.ignore_eos
         self._forced = ""  # what of the text that was foreseen has not come yet
 
     def sample(self, row: int) -> int | None:
@@ -85,7 +86,7 @@ class LlamaSampler:
         return self._vocabulary.continuing(self._forced)
 
     def is_over(self) -> bool:
-        if self._grammar is None or self._candidates is None:
+        if self._grammar is None or self._candidates is None or not self._may_end:
             return False
         if self._vocabulary.grammars.goes_on(self._grammar):
             return False
