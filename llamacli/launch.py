@@ -357,9 +357,11 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 
     checksum.check(launch.file, launch.notes)
     layers = place(launch, gpu_devices(), machine.gpus(), notice)
-    usable -= _draft_bytes(launch, options.slots)
+    draft_bytes = _draft_bytes(launch, options.slots)
+    usable -= draft_bytes
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
+    _check(launch, layers, MAX_BATCH, n_slots, usable, draft_bytes)
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
     repack, why = _repack(launch, options, n_cells, n_slots, layers, usable)
     threads, why_threads = _threads(launch.settings)
@@ -402,16 +404,6 @@ def _why_batch(step_seconds: float | None) -> str:
 def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
     """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    smallest = memory.plan(
-        header,
-        min(limit, memory.CELLS),
-        n_ubatch=MAX_BATCH,
-        gpu_layers=layers,
-        n_outputs=n_slots + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-    )
-    memory.check(smallest, usable)
     wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
     n_cells = memory.largest_context(
         header,
@@ -448,19 +440,35 @@ def _repack(
     if kind.endswith("_K") or (kind.startswith("IQ") and kind != "IQ4_NL"):
         return False, f"batches are computed faster from {kind} as it is in the file"
     # While it loads, a repacked model is in memory twice: as it is in the file, and as the CPU likes it.
+    host = _plan(launch, n_cells, layers, MAX_BATCH, n_slots).host
+    if host.total + host.weights > usable:
+        return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
+    return True, "a server loads once; memory holds a second copy of the weights"
+
+
+def _plan(launch: Launch, n_cells: int, layers: int, n_batch: int, n_slots: int) -> memory.MemoryPlan:
     kv = launch.settings.kv_type
-    host = memory.plan(
+    return memory.plan(
         launch.header,
         n_cells,
-        n_ubatch=MAX_BATCH,
+        n_ubatch=n_batch,
         gpu_layers=layers,
         n_outputs=n_slots + MAX_GUESSED,
         type_k=kv,
         type_v=kv,
-    ).host
-    if host.total + host.weights > usable:
-        return False, f"a second copy of the weights does not fit: {usable / 2**30:.1f} GiB of memory can be used"
-    return True, "a server loads once; memory holds a second copy of the weights"
+    )
+
+
+def _check(launch: Launch, layers: int, n_batch: int, n_slots: int, usable: int, draft_bytes: int) -> None:
+    """Raises ResourceError where not even a short context fits into what the smaller model leaves; says whose fault."""
+    smallest = _plan(launch, min(launch.n_limit, memory.CELLS), layers, n_batch, n_slots)
+    memory.check(smallest, usable + draft_bytes)
+    if launch.draft is not None and smallest.host.total > usable:
+        room = (usable + draft_bytes - smallest.host.total) / 2**30
+        raise ResourceError(
+            f"{launch.draft.file.name} needs {draft_bytes / 2**30:.1f} GiB of memory to write ahead; beside "
+            f"{launch.file.name} there is room for {room:.1f}. Choose a smaller --draft-model, or do without"
+        )
 
 
 def _threads(settings: Settings) -> tuple[int, str]:
@@ -474,17 +482,9 @@ def _threads(settings: Settings) -> tuple[int, str]:
 def _max_cells(launch: Launch, layers: int) -> int:
     """How far the KV cache may grow: to the limit, or as far as memory goes."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    usable = machine.memory().usable - _draft_bytes(launch, 1)
-    smallest = memory.plan(
-        header,
-        min(limit, memory.CELLS),
-        n_ubatch=MIN_BATCH,
-        gpu_layers=layers,
-        n_outputs=1 + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-    )
-    memory.check(smallest, usable)
+    draft_bytes = _draft_bytes(launch, 1)
+    usable = machine.memory().usable - draft_bytes
+    _check(launch, layers, MIN_BATCH, 1, usable, draft_bytes)
     blocks = -(-limit // memory.CELLS)
     largest = memory.largest_context(
         header,
