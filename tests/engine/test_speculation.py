@@ -55,6 +55,7 @@ def test_what_repeats_itself_takes_fewer_steps_and_says_the_same() -> None:
     speculation = engine.speculation
     assert speculation is not None and 120 - len(model.batches) <= speculation.n_right <= speculation.n_guessed
     assert (engine.load.guessed_tokens, engine.load.right_guesses) == (speculation.n_guessed, speculation.n_right)
+    assert engine.load.decode_tokens == 120 - 1, "the first one came with the prompt"
     assert is_clean(engine, model)
 
 
