@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import EOS, ScriptedModel, count_up
+from scripted import EOS, ScriptedModel, ScriptedSampler, count_up
 from test_engine import drain, is_clean, tokens_of
 
 from llamacli.engine.bindings import bindings
@@ -198,6 +198,30 @@ def test_an_answer_that_its_grammar_ends_takes_no_step_more(engine: Engine, weig
     may_go_on = SamplingParams(temperature=0, grammar='root ::= "a" | "ab"', max_tokens=9)
     assert "".join(delta.text for delta in steps_of(engine, prompt, may_go_on)[1]) in ("a", "ab")
     engine.close()
+
+
+class Speller(ScriptedSampler):
+    """Foresees what never comes."""
+
+    def foreseen(self) -> array[int]:
+        return array("i", [5, 6, 7])
+
+
+class Spelling(ScriptedModel):
+    def sampler(self, params: SamplingParams, prompt: array[int]) -> ScriptedSampler:
+        return Speller(self)
+
+
+def test_how_well_a_grammar_was_foreseen_in_one_answer_does_not_change_the_next() -> None:
+    model = Spelling(n_cells=256, say=lambda tokens: 100 + len(tokens) % 90)
+    engine = guessing(model, {1: 1.0, 2: 1.3})
+    guesses = []
+    for _ in range(3):
+        before = model.n_guesses
+        list(engine.generate([1, 5, 6], SamplingParams(seed=7, grammar="root", max_tokens=30)))
+        guesses.append(model.n_guesses - before)
+    assert guesses[0] > 0 and len(set(guesses)) == 1
+    assert is_clean(engine, model)
 
 
 @pytest.mark.parametrize(
