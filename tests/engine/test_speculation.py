@@ -116,6 +116,7 @@ def test_an_end_of_answer_that_was_guessed_ends_it() -> None:
     deltas = list(engine.generate(prompt))
     assert deltas[-1].finish_reason is FinishReason.STOP and EOS not in tokens_of(deltas)
     assert engine.speculation is not None and engine.speculation.n_right > 0
+    assert engine.load.decode_tokens == len(tokens_of(deltas))
     assert is_clean(engine, model)
 
 
