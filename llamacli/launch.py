@@ -222,7 +222,8 @@ def _draft_model(launch: Launch, draft: Draft, n_slots: int) -> DraftModel:
     )
     model = LlamaModel(LlamaWeights(draft.file.path, LoadOptions(gpu_layers=layers)), options)
     # Both read all their weights for a token: that is what a step of one row takes.
-    return DraftModel(model, cost=draft.header.weight_bytes / launch.header.weight_bytes)
+    cost = draft.header.weight_bytes / launch.header.weight_bytes
+    return DraftModel(model, cost=cost, n_limit=draft.header.context_length)
 
 
 def _draft_cells(launch: Launch, draft: Draft, n_slots: int) -> int:

@@ -91,9 +91,6 @@ class Engine:
     @property
     def load(self) -> Load:
         scheduler = self._scheduler
-        n_guessed, n_right = (
-            (0, 0) if self.speculation is None else (self.speculation.n_guessed, self.speculation.n_right)
-        )
         return Load(
             len(scheduler.running),
             len(scheduler.waiting) + len(scheduler.paused),
@@ -101,8 +98,7 @@ class Engine:
             scheduler.n_reused,
             scheduler.n_prefilled,
             scheduler.n_decoded,
-            n_guessed,
-            n_right,
+            *((0, 0) if self.speculation is None else (self.speculation.n_guessed, self.speculation.n_right)),
         )
 
     def add(

@@ -360,6 +360,14 @@ def test_a_smaller_model_that_does_not_pay_is_left_alone() -> None:
     assert len(costly.batches) < 10
 
 
+def test_a_text_beyond_what_the_smaller_model_was_made_for_is_not_given_to_it() -> None:
+    model, clerk = ScriptedModel(n_cells=256), Clerk(n_cells=256)
+    engine = Engine(model, speculation=Speculation(StepCosts(FREE), DraftModel(clerk, cost=0.01, n_limit=40)))
+    said = tokens_of(list(engine.generate([1, 5, 6], SamplingParams(max_tokens=100))))
+    assert said == alone(count_up, [1, 5, 6], 100)
+    assert 20 < max(start + n for batch in clerk.batches for _, start, n in batch) <= 40
+
+
 def test_an_answer_outlives_the_smaller_model() -> None:
     model, clerk = ScriptedModel(n_cells=256), Clerk(n_cells=256)
     engine = assisted(model, clerk)
