@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llamacli import choices
 from llamacli.choices import Choice
 from llamacli.engine import memory
-from llamacli.errors import ModelError
+from llamacli.errors import ModelError, ResourceError
 from llamacli.gguf import Header, read_model
 from llamacli.models import checksum
 from llamacli.models.store import ModelFile
@@ -90,7 +90,8 @@ def _draft_model(launch: Launch, draft: Draft, n_slots: int) -> DraftModel:
     )
     model = LlamaModel(LlamaWeights(draft.file.path, LoadOptions(gpu_layers=layers)), options)
     # Both read all their weights for a token: that is what a step of one row takes.
-    return DraftModel(model, cost=draft.header.weight_bytes / launch.header.weight_bytes)
+    cost = draft.header.weight_bytes / launch.header.weight_bytes
+    return DraftModel(model, cost=cost, n_limit=draft.header.context_length)
 
 
 def _draft_cells(launch: Launch, draft: Draft, n_slots: int) -> int:
@@ -99,9 +100,24 @@ def _draft_cells(launch: Launch, draft: Draft, n_slots: int) -> int:
     return -(-limit * min(n_slots, DRAFT_CONTEXTS) // memory.CELLS) * memory.CELLS
 
 
-def draft_bytes(launch: Launch, n_slots: int) -> int:
-    """What the smaller model takes of the machine's memory."""
-    if launch.draft is None:
-        return 0
-    n_cells = _draft_cells(launch, launch.draft, n_slots)
-    return memory.plan(launch.draft.header, n_cells, n_ubatch=memory.MAX_ROWS, n_outputs=n_slots).host.total
+def claim(launch: Launch, n_slots: int) -> int:
+    """Bytes that the smaller model takes of the machine's memory, noted for check()."""
+    if launch.draft is not None:
+        n_cells = _draft_cells(launch, launch.draft, n_slots)
+        plan = memory.plan(launch.draft.header, n_cells, n_ubatch=memory.MAX_ROWS, n_outputs=n_slots)
+        launch.draft_bytes = plan.host.total
+    return launch.draft_bytes
+
+
+def check(launch: Launch, smallest: memory.MemoryPlan, usable: int) -> None:
+    """Raises ResourceError where not even a short context fits into what the smaller model leaves; says whose fault.
+
+    usable   bytes that it leaves
+    """
+    memory.check(smallest, usable + launch.draft_bytes)
+    if launch.draft is not None and smallest.host.total > usable:
+        room = (usable + launch.draft_bytes - smallest.host.total) / 2**30
+        raise ResourceError(
+            f"{launch.draft.file.name} needs {launch.draft_bytes / 2**30:.1f} GiB of memory to write ahead; beside "
+            f"{launch.file.name} there is room for {room:.1f}. Choose a smaller --draft-model, or do without"
+        )

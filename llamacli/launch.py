@@ -70,6 +70,7 @@ class Launch:
     device_bytes: int | None = None  # what the GPUs have for us, where we chose what goes there; set by `place`
     weights: LlamaWeights | None = None
     draft: guessing.Draft | None = None
+    draft_bytes: int = 0  # of memory that it takes; set by guessing.claim()
     speculation: Speculation | None = None
     rates: Rates | None = None  # what `tune` has measured of this model on this machine
     chosen: Chosen | None = None  # by those rates
@@ -330,7 +331,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
     if not options.is_alike:  # what was measured would make it another answer on another day
         choices.recall(launch)
-    usable -= guessing.draft_bytes(launch, options.slots)
+    usable -= guessing.claim(launch, options.slots)
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
@@ -384,7 +385,7 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
         type_k=kv,
         type_v=kv,
     )
-    memory.check(smallest, usable)
+    guessing.check(launch, smallest, usable)
     wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
     n_cells = memory.largest_context(
         header,
@@ -414,7 +415,7 @@ def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usab
 def _max_cells(launch: Launch, layers: int) -> int:
     """How far the KV cache may grow: to the limit, or as far as memory goes."""
     header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    usable = machine.memory().usable - guessing.draft_bytes(launch, 1)
+    usable = machine.memory().usable - guessing.claim(launch, 1)
     smallest = memory.plan(
         header,
         min(limit, memory.CELLS),
@@ -424,7 +425,7 @@ def _max_cells(launch: Launch, layers: int) -> int:
         type_k=kv,
         type_v=kv,
     )
-    memory.check(smallest, usable)
+    guessing.check(launch, smallest, usable)
     blocks = -(-limit // memory.CELLS)
     largest = memory.largest_context(
         header,

@@ -14,6 +14,7 @@ from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
 from llamacli.engine.devices import Device
 from llamacli.errors import ModelError, ResourceError, UsageError
+from llamacli.guessing import Draft
 from llamacli.launch import Launch, ServeOptions, load, place, prepare, serve, start
 from llamacli.machine import Gpu
 from llamacli.models import store
@@ -158,6 +159,16 @@ def test_a_server_whose_model_does_not_fit_is_refused(tmp_path: Path) -> None:
     launch, notices = prepared(tmp_path)
     with pytest.raises(ResourceError, match="needs"):
         serve(launch, ServeOptions(), notices.append, usable=1 << 20)
+
+
+def test_a_draft_model_that_memory_has_no_room_for_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    launch.draft = Draft(launch.file, launch.header)
+    with pytest.raises(ResourceError, match=r"tiny needs .* to write ahead; .* --draft-model"):
+        serve(launch, ServeOptions(), notices.append, usable=60 << 20)
+    with pytest.raises(ResourceError, match=r"context of 256 tokens needs .* 20 MiB can be used"):
+        serve(launch, ServeOptions(), notices.append, usable=20 << 20)
+    assert launch.weights is None
 
 
 @pytest.mark.parametrize("repack", [True, False])

@@ -48,11 +48,13 @@ class _Mirror:
 class DraftModel:
     """Guesses for all sequences together, a batch for each token ahead.
 
-    cost   of one of its steps, in steps of the larger model with one row
+    cost      of one of its steps, in steps of the larger model with one row
+    n_limit   tokens of a text that it was made for; by default all its cells
     """
 
-    def __init__(self, model: Drafting, *, cost: float) -> None:
+    def __init__(self, model: Drafting, *, cost: float, n_limit: int | None = None) -> None:
         self.cost = cost
+        self._n_limit = min(n_limit or model.n_cells, model.n_cells)
         self._model = model
         self._mirrors: dict[int, _Mirror] = {}  # by sequence id; least recently used first
         self._free = list(range(model.n_slots))
@@ -97,7 +99,7 @@ class DraftModel:
     def _that_fit(self, sequences: list[Sequence], n: int) -> list[Sequence]:
         """Those for which there are cells; what is held of others is given up for them."""
         fitting, n_cells = [], 0
-        for sequence in sequences[: self._model.n_slots]:
+        for sequence in [each for each in sequences if len(each.tokens) + n <= self._n_limit][: self._model.n_slots]:
             if n_cells + len(sequence.tokens) + n <= self._model.n_cells:
                 n_cells += len(sequence.tokens) + n
                 fitting.append(sequence)

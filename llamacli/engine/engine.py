@@ -265,6 +265,8 @@ class Engine:
                 self._scheduler.cut_back(sequence, chunk.start + 1 + n_right)
             n_right += is_right
             deltas.append(self._take(request, token, logprobs))
+        has_ended = is_right and deltas[-1].token is None  # with a right guess that is no part of the answer
+        self._scheduler.n_decoded += n_right - has_ended
         self.speculation.note(sequence, len(guessed), n_right)
         return deltas
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_GRAMMARS = 64  # kept compiled
 MAX_FORCED = 64  # characters that are looked ahead
+MAX_BRANCHING = 1 << 20  # branches of a grammar times its bytes: looking ahead copies it, and more takes milliseconds
 TOP_K_BOUND = 1000  # candidates when top_k is off but top_p sorts them
 _NEVER = float("-inf")
 COLDEST = 1e-6  # a lower temperature is greedy all the same, and its quotients leave the range of float32
@@ -51,6 +52,9 @@ class LlamaSampler:
         # Importing numpy costs more than a single answer can save, so only a model for many sequences does it.
         self._is_argmax = model.n_slots > 1 and _is_greedy(params) and not _biases(vocabulary, params)
         self._candidates = _Candidates(self._bindings.c, vocabulary.n_tokens) if self._grammar else None
+        self._looks_ahead = params.grammar is not None and vocabulary.grammars.is_light(params.grammar)
+        self._may_end = not params.ignore_eos
+        self._forced = ""  # what of the text that was foreseen has not come yet
 
     def sample(self, row: int) -> int | None:
         if self._is_argmax:
@@ -59,34 +63,32 @@ class LlamaSampler:
             return self._model.draw(self._chain, row)
         token = self._sample_legal(self._candidates, self._model.logits(row))
         if token is not None:
-            self._bindings.fast.llama_sampler_accept(self._grammar, token)
-            self._bindings.fast.llama_sampler_accept(self._chain, token)
+            self._accept(token)
         return token
 
     def sample_from(self, logits: bytes) -> int | None:
         values = (ctypes.c_float * (len(logits) // 4)).from_buffer_copy(logits)
         candidates = self._candidates or _Candidates(self._bindings.c, len(values))
-        apply, accept = self._bindings.fast.llama_sampler_apply, self._bindings.fast.llama_sampler_accept
         if self._grammar is None:
-            token: int | None = candidates.drawn_by(apply, self._chain, values)
+            token: int | None = candidates.drawn_by(self._bindings.fast.llama_sampler_apply, self._chain, values)
         else:
             token = self._sample_legal(candidates, values)
-            if token is not None:
-                accept(self._grammar, token)
         if token is not None:
-            accept(self._chain, token)
+            self._accept(token)
         return token
 
     def foreseen(self) -> array[int]:
         """The tokens of the text that the grammar leaves no choice about; the model may still cut them otherwise."""
-        if self._grammar is None:
+        if not self._looks_ahead:
             return NOTHING
-        return self._vocabulary.continuing(self._vocabulary.grammars.forced_text(self._grammar))
+        if not self._forced:
+            self._forced = self._vocabulary.grammars.forced_text(self._grammar)
+        return self._vocabulary.continuing(self._forced)
 
     def is_over(self) -> bool:
-        if self._grammar is None or self._candidates is None:
+        if self._grammar is None or self._candidates is None or not self._may_end:
             return False
-        if self._vocabulary.grammars.next_characters(self._grammar):
+        if self._vocabulary.grammars.goes_on(self._grammar):
             return False
         is_end = self._vocabulary.is_eog
         legal = self._candidates.legal(self._bindings.fast.llama_sampler_apply, self._grammar)
@@ -99,6 +101,14 @@ class LlamaSampler:
             return token
         token = candidates.drawn_by(apply, self._chain, logits, first=self._grammar)
         return token if candidates.is_legal(apply, self._grammar, token) else None
+
+    def _accept(self, token: int) -> None:
+        if self._grammar:
+            self._bindings.fast.llama_sampler_accept(self._grammar, token)
+        self._bindings.fast.llama_sampler_accept(self._chain, token)
+        if self._forced:
+            piece = self._vocabulary.piece(token).decode("utf-8", "replace")
+            self._forced = self._forced[len(piece) :] if self._forced.startswith(piece) else ""
 
     def close(self) -> None:
         free = self._bindings.c.llama_sampler_free
@@ -115,25 +125,35 @@ class Grammars:
     def __init__(self, vocabulary: int, n_tokens: int, piece: Callable[[int], bytes]) -> None:
         self._vocabulary = vocabulary
         self._n_tokens, self._piece = n_tokens, piece
-        self._ascii: _Letters | None = None
+        self._letters: tuple[_Letters, _Letters] | None = None
         self._compiled: dict[str, Any] = {}  # least recently used first
+        self._is_light: dict[str, bool] = {}  # of the same grammars
 
     def clone(self, text: str) -> Any:
         """A fresh grammar for one answer, which frees it. Raises UsageError for what is no GBNF."""
         grammar = self._compiled.pop(text, None) or self._compile(text)
         self._compiled[text] = grammar
         if len(self._compiled) > MAX_GRAMMARS:
-            bindings().c.llama_sampler_free(self._compiled.pop(next(iter(self._compiled))))
+            oldest = next(iter(self._compiled))
+            bindings().c.llama_sampler_free(self._compiled.pop(oldest))
+            self._is_light.pop(oldest, None)
         return bindings().c.llama_sampler_clone(grammar)
 
-    def next_characters(self, grammar: Any) -> list[str]:
-        """Which characters of ASCII may come next: a hundredth of the vocabulary, and of the time that it takes."""
-        return self._letters().legal(grammar)
+    def is_light(self, text: str) -> bool:
+        """Whether looking ahead in it takes less than a millisecond or so, however it goes on."""
+        found = self._is_light.get(text)
+        if found is None:
+            found = self._is_light[text] = _n_branches(text) * len(text) <= MAX_BRANCHING
+        return found
+
+    def goes_on(self, grammar: Any) -> bool:
+        """Whether any character may come next. Some 250 tokens tell: a hundredth of the vocabulary, and of its time."""
+        return any(letters.legal(grammar) for letters in self._bytes())
 
     def forced_text(self, grammar: Any) -> str:
         """What must come next, as far as there is only one character of ASCII each time."""
-        letters = self._letters()
-        text = ""
+        letters, _ = self._bytes()
+        text = b""
         ahead = None
         try:
             while len(text) < MAX_FORCED:
@@ -146,17 +166,21 @@ class Grammars:
         finally:
             if ahead:
                 bindings().c.llama_sampler_free(ahead)
-        return text
+        return text.decode()
 
-    def _letters(self) -> _Letters:
-        if self._ascii is None:
-            self._ascii = _Letters(self._n_tokens, self._piece)
-        return self._ascii
+    def _bytes(self) -> tuple[_Letters, _Letters]:
+        """The tokens of one byte each: the characters of ASCII, and what all others are made of."""
+        if self._letters is None:
+            tokens = {piece: token for token in range(self._n_tokens) if len(piece := self._piece(token)) == 1}
+            plain = {raw: token for raw, token in tokens.items() if raw.isascii()}
+            self._letters = _Letters(plain), _Letters({raw: tokens[raw] for raw in tokens.keys() - plain.keys()})
+        return self._letters
 
     def close(self) -> None:
         for grammar in self._compiled.values():
             bindings().c.llama_sampler_free(grammar)
         self._compiled.clear()
+        self._is_light.clear()
 
     def _compile(self, text: str) -> Any:
         check_grammar(text)
@@ -167,28 +191,27 @@ class Grammars:
 
 
 class _Letters:
-    """llama_token_data[n] of tokens that are one character of ASCII each."""
+    """llama_token_data[n] of tokens that are one byte each."""
 
-    def __init__(self, n_tokens: int, piece: Callable[[int], bytes]) -> None:
+    def __init__(self, tokens: dict[bytes, int]) -> None:
         c = bindings().c
-        self._tokens = {piece(token): token for token in range(n_tokens) if len(piece(token)) == 1}
-        self._tokens = {raw: token for raw, token in self._tokens.items() if raw.isascii()}
-        self._fresh = (c.llama_token_data * len(self._tokens))()
-        for entry, token in zip(self._fresh, self._tokens.values(), strict=True):
+        self._tokens = tokens
+        n = max(len(tokens), 1)  # of none there can be no memoryview
+        self._fresh = (c.llama_token_data * n)()
+        for entry, token in zip(self._fresh, tokens.values(), strict=False):
             entry.id = token
-        self._data = (c.llama_token_data * len(self._tokens))()
+        self._data = (c.llama_token_data * n)()
         self._logits = memoryview(self._data).cast("B").cast("f")[1::3]
         self._all = c.llama_token_data_array(data=self._data, size=len(self._tokens), selected=-1, sorted=False)
-        self._characters = [raw.decode() for raw in self._tokens]
 
-    def legal(self, grammar: Any) -> list[str]:
+    def legal(self, grammar: Any) -> list[bytes]:
         ctypes.memmove(self._data, self._fresh, ctypes.sizeof(self._data))
         self._all.size, self._all.selected = len(self._tokens), -1
         bindings().fast.llama_sampler_apply(grammar, ctypes.byref(self._all))
-        return [character for character, logit in zip(self._characters, self._logits, strict=True) if logit > _NEVER]
+        return [raw for raw, logit in zip(self._tokens, self._logits, strict=False) if logit > _NEVER]
 
-    def token_of(self, character: str) -> int:
-        return self._tokens[character.encode()]
+    def token_of(self, raw: bytes) -> int:
+        return self._tokens[raw]
 
 
 class _Candidates:
@@ -250,6 +273,13 @@ def check_grammar(text: str) -> None:
                 raise UsageError(f"the grammar nests more than {MAX_GRAMMAR_DEPTH} brackets")
         elif part["low"] or part["high"]:
             _check_repetition(part[0], part["low"], part["high"])
+
+
+def _n_branches(text: str) -> int:
+    """About how many ways a grammar may go on at once: all its alternatives, and what may be repeated or left out."""
+    n_repeated = sum(int(part["high"] or part["low"] or 0) for part in _GRAMMAR_PARTS.finditer(text))
+    bare = _GRAMMAR_PARTS.sub("", text)
+    return sum(map(bare.count, "|?*+")) + n_repeated
 
 
 def _check_repetition(written: str, low: str, high: str) -> None:

@@ -25,6 +25,7 @@ TRUST = 0.85  # what a promised token counts, beside one that is certain
 _WEIGHT = 0.2  # of the newest time in the average
 _DISTURBED = 3.0  # times the average: a longer step counts as one that took so long
 _REMEMBERED = 200  # steps
+_SPELT = 4.0, 5.0  # so it begins
 
 # What a step of so many rows takes, in steps of one row: a 7B in a K-quant on two cores. Smaller models, other formats
 # and more cores have cheaper rows, as `tune` finds out. Eight rows cost nearly as much as sixteen, because the kernels
@@ -102,7 +103,9 @@ class Speculation:
         self.n_right = 0
         self._lookups: dict[int, Lookup] = {}  # by sequence id
         self._foreseen: set[int] = set()  # sequences whose guesses are a grammar's, in this step
-        self._as_spelt, self._n_spelt = 4.0, 5.0  # tokens of a grammar that were cut as they were foreseen, of how many
+        # By sequence id: tokens of a grammar that were cut as they were foreseen, of how many. Each answer learns for
+        # itself: if it is to be repeatable, it must not depend on those before it.
+        self._spelt: dict[int, tuple[float, float]] = {}
 
     def plan(
         self,
@@ -123,7 +126,7 @@ class Speculation:
         cost = self.costs.of if is_timed else self.costs.tabled
         self._foreseen = {key for key, tokens in foreseen.items() if tokens}
         offers = [
-            self._spelt(foreseen[sequence.id], min(limit, n_rows))
+            self._forced(sequence, foreseen[sequence.id], min(limit, n_rows))
             if sequence.id in self._foreseen
             else self._offer(sequence, min(limit, n_rows))
             for sequence, limit in zip(decoding, limits, strict=True)
@@ -135,11 +138,12 @@ class Speculation:
         shares = share_out([[chance for _, chance in offer] for offer in offers], n_rows, cost)
         return [array("i", [token for token, _ in offer[:n]]) for offer, n in zip(offers, shares, strict=True)]
 
-    def _spelt(self, tokens: array[int], limit: int) -> Guesses:
+    def _forced(self, sequence: Sequence, tokens: array[int], limit: int) -> Guesses:
         """What must come is certain, but not how the model cuts it into tokens."""
+        n_right, n = self._spelt.setdefault(sequence.id, _SPELT)
         chance, offer = 1.0, []
         for token in tokens[: max(limit, 0)]:
-            chance *= self._as_spelt / self._n_spelt
+            chance *= n_right / n
             offer.append((token, chance))
         return offer
 
@@ -179,12 +183,13 @@ class Speculation:
         """So many guesses of a sequence were computed, and so many of them were what the sampler drew."""
         self.n_guessed += n_guessed
         self.n_right += n_right
-        if sequence.id in self._foreseen:
-            self._as_spelt += n_right
-            self._n_spelt += min(n_right + 1, n_guessed)
+        if sequence.id in self._foreseen and sequence.id in self._spelt:  # else this step was its last one
+            before, n = self._spelt[sequence.id]
+            self._spelt[sequence.id] = before + n_right, n + min(n_right + 1, n_guessed)
 
     def forget(self, sequence: Sequence) -> None:
         self._lookups.pop(sequence.id, None)
+        self._spelt.pop(sequence.id, None)
         if self.draft_model is not None:
             self.draft_model.forget(sequence)
 

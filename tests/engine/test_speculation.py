@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import EOS, ScriptedModel, count_up
+from scripted import EOS, ScriptedModel, ScriptedSampler, count_up
 from test_engine import drain, is_clean, tokens_of
 
+from llamacli.engine.bindings import bindings
 from llamacli.engine.draft_model import DraftModel
 from llamacli.engine.engine import Engine
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights
 from llamacli.engine.lookup import Lookup
 from llamacli.engine.model import Aborted, KvFull
-from llamacli.engine.sequence import Alternative, Delta, FinishReason, Logprobs, SamplingParams
+from llamacli.engine.sequence import Alternative, Chunk, Delta, FinishReason, Logprobs, SamplingParams, Sequence
 from llamacli.engine.speculation import ON_CPU, Speculation, StepCosts, share_out
 from llamacli.gguf import read_model
 from llamacli.prompt import Message, PromptBuilder
@@ -54,6 +55,7 @@ def test_what_repeats_itself_takes_fewer_steps_and_says_the_same() -> None:
     speculation = engine.speculation
     assert speculation is not None and 120 - len(model.batches) <= speculation.n_right <= speculation.n_guessed
     assert (engine.load.guessed_tokens, engine.load.right_guesses) == (speculation.n_guessed, speculation.n_right)
+    assert engine.load.decode_tokens == 120 - 1, "the first one came with the prompt"
     assert is_clean(engine, model)
 
 
@@ -114,6 +116,7 @@ def test_an_end_of_answer_that_was_guessed_ends_it() -> None:
     deltas = list(engine.generate(prompt))
     assert deltas[-1].finish_reason is FinishReason.STOP and EOS not in tokens_of(deltas)
     assert engine.speculation is not None and engine.speculation.n_right > 0
+    assert engine.load.decode_tokens == len(tokens_of(deltas))
     assert is_clean(engine, model)
 
 
@@ -198,6 +201,30 @@ def test_an_answer_that_its_grammar_ends_takes_no_step_more(engine: Engine, weig
     engine.close()
 
 
+class Speller(ScriptedSampler):
+    """Foresees what never comes."""
+
+    def foreseen(self) -> array[int]:
+        return array("i", [5, 6, 7])
+
+
+class Spelling(ScriptedModel):
+    def sampler(self, params: SamplingParams, prompt: array[int]) -> ScriptedSampler:
+        return Speller(self)
+
+
+def test_how_well_a_grammar_was_foreseen_in_one_answer_does_not_change_the_next() -> None:
+    model = Spelling(n_cells=256, say=lambda tokens: 100 + len(tokens) % 90)
+    engine = guessing(model, {1: 1.0, 2: 1.3})
+    guesses = []
+    for _ in range(3):
+        before = model.n_guesses
+        list(engine.generate([1, 5, 6], SamplingParams(seed=7, grammar="root", max_tokens=30)))
+        guesses.append(model.n_guesses - before)
+    assert guesses[0] > 0 and len(set(guesses)) == 1
+    assert is_clean(engine, model)
+
+
 @pytest.mark.parametrize(
     ("grammar", "forced"),
     [
@@ -216,6 +243,53 @@ def test_the_text_that_a_grammar_forces(weights: LlamaWeights, grammar: str, for
     assert grammars.forced_text(one) == forced, "looking ahead changes nothing"
     pieces = b"".join(map(weights.vocabulary.piece, weights.vocabulary.continuing(forced)))
     assert pieces.decode() == forced
+
+
+def test_a_grammar_that_may_go_on_in_thousands_of_ways_is_not_looked_ahead_in(engine: Engine) -> None:
+    """To copy one takes as long as a step."""
+    for n, is_foreseen in ((20, True), (4000, False)):
+        grammar = "root ::= " + " | ".join(f'"number {i}"' for i in range(n))
+        sampler = engine.model.sampler(SamplingParams(grammar=grammar), array("i", [1]))
+        assert bool(sampler.foreseen()) is is_foreseen
+        sampler.close()
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "goes_on"),
+    [
+        ("root ::= [жд]+", "жд", True),
+        ('root ::= "é"?', "", True),
+        ('root ::= "é"?', "é", False),
+        ('root ::= "yes" | "yesterday"', "yes", True),
+        ('root ::= "yes" | "yesterday"', "yesterday", False),
+    ],
+)
+def test_single_bytes_tell_whether_a_grammar_goes_on(
+    weights: LlamaWeights, grammar: str, text: str, goes_on: bool
+) -> None:
+    grammars = weights.vocabulary.grammars
+    one = grammars.clone(grammar)
+    for token in weights.vocabulary.continuing(text):
+        bindings().fast.llama_sampler_accept(one, token)
+    assert grammars.goes_on(one) is goes_on
+
+
+def test_what_is_foreseen_shrinks_with_what_comes_of_it(engine: Engine, weights: LlamaWeights) -> None:
+    model, text = engine.model, '{"first name":"'
+    prompt = weights.vocabulary.tokenize("A name:")
+    sequence = Sequence(0, prompt)
+    sequence.slot = 0
+    sampler = model.sampler(SamplingParams(temperature=0, grammar='root ::= "{\\"first name\\":\\"" [a-z]+'), prompt)
+    row = model.run([Chunk(sequence, 0, len(prompt))])[0]
+    while text:
+        assert sampler.foreseen() == weights.vocabulary.continuing(text)
+        token = sampler.sample(row)  # always from the same logits: only the grammar moves
+        assert token is not None
+        text = text[len(model.piece(token)) :]
+    assert not sampler.foreseen()
+    sampler.close()
+    engine.close()
 
 
 # -- a smaller model that writes ahead --
@@ -284,6 +358,14 @@ def test_a_smaller_model_that_does_not_pay_is_left_alone() -> None:
     engine = assisted(ScriptedModel(n_cells=512), costly, cost=1.5)
     list(engine.generate([1, 5, 6], SamplingParams(max_tokens=300)))
     assert len(costly.batches) < 10
+
+
+def test_a_text_beyond_what_the_smaller_model_was_made_for_is_not_given_to_it() -> None:
+    model, clerk = ScriptedModel(n_cells=256), Clerk(n_cells=256)
+    engine = Engine(model, speculation=Speculation(StepCosts(FREE), DraftModel(clerk, cost=0.01, n_limit=40)))
+    said = tokens_of(list(engine.generate([1, 5, 6], SamplingParams(max_tokens=100))))
+    assert said == alone(count_up, [1, 5, 6], 100)
+    assert 20 < max(start + n for batch in clerk.batches for _, start, n in batch) <= 40
 
 
 def test_an_answer_outlives_the_smaller_model() -> None:
