@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 
@@ -26,6 +27,7 @@ class LoopbackWeb:
     def __init__(self) -> None:
         self.ended = threading.Event()
         self.asked: list[str] = []
+        self.headers: list[Message] = []
         self.n_sent = 0  # bytes of endless bodies
 
         class Handler(_Handler):
@@ -51,6 +53,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.web.asked.append(self.path)
+        self.web.headers.append(self.headers)
+        if self.path.startswith("http://"):  # asked as a proxy
+            self._send(b"", None, 302, Location=f"{self.web.url}/text")
+            return
         self.close_connection = True
         with suppress(OSError):
             getattr(self, "serve_" + self.path.split("?")[0].strip("/").replace("-", "_").replace(".", "_"))()
@@ -83,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
     def serve_packed(self) -> None:
         self._send(gzip.compress(b"a packed text"), "text/plain", Content_Encoding="gzip")
 
+    def serve_packed_twice(self) -> None:
+        self._send(gzip.compress(b"a packed ") + gzip.compress(b"text"), "text/plain", Content_Encoding="gzip")
+
     def serve_image(self) -> None:
         self._send(b"\x89PNG\r\n\x1a\n", "image/png")
 
@@ -104,6 +113,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def serve_moved(self) -> None:
         self._send(b"", None, 301, Location="/text")
+
+    def serve_fat(self) -> None:
+        """Sends us on, and says more than anybody wants to hear about it."""
+        self.send_response(302)
+        self.send_header("Location", "/text")
+        self.end_headers()
+        for _ in range(200):
+            self.wfile.write(b" " * MIB)
+            self.web.n_sent += MIB
 
     def serve_to_file(self) -> None:
         self._send(b"", None, 302, Location="file:///etc/hostname")

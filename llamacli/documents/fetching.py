@@ -175,8 +175,10 @@ def _decompressed(response: Any, headers: Message, name: str, limit: int) -> Ite
         n_packed += len(part)
         check_size(n_packed - limit, name)
         while part:
+            if unpack.eof:  # gzip may follow gzip (RFC 1952, 2.2)
+                unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
             yield unpack.decompress(part, 1 << 20)
-            part = unpack.unconsumed_tail
+            part = unpack.unused_data if unpack.eof else unpack.unconsumed_tail
     yield unpack.flush()
     if not unpack.eof:
         raise RemoteError(f"{name} broke off in the middle of its compressed text")
@@ -189,7 +191,11 @@ class _Redirects(HTTPRedirectHandler):
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         if not is_address(newurl):
             raise HTTPError(newurl, code, msg, headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None:
+            request.remove_header("Proxy-authorization")  # the next host may be asked without the proxy
+        fp.close()  # urllib would read what comes with a redirect to its end
+        return request
 
 
 def _opener(request: Request) -> OpenerDirector:
@@ -211,6 +217,11 @@ def _certificates() -> ssl.SSLContext:
     return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
+def without_secrets(place: str) -> str:
+    """Of what is no address that can be taken apart: all that cannot be a password or a query, on one line."""
+    return shown(re.split(r"[?#]", re.sub(r"//.*@", "//", place, flags=re.DOTALL))[0])[:100]
+
+
 def _split(url: str) -> SplitResult:
     """Raises UsageError."""
     try:
@@ -219,7 +230,7 @@ def _split(url: str) -> SplitResult:
     except ValueError:
         parts, has_port = urlsplit(""), False
     if not parts.hostname or not has_port or any(c < " " or "\x7f" <= c < "\xa0" for c in url):
-        raise UsageError(f"{shown(url)[:100]} is no web address")
+        raise UsageError(f"{without_secrets(url)} is no web address")
     return parts
 
 
@@ -235,14 +246,14 @@ def _spelt(url: str) -> str:
         try:
             host = host.encode("idna").decode()
         except UnicodeError:
-            raise UsageError(f"{shown(url)[:100]} is no web address") from None
+            raise UsageError(f"{without_secrets(url)} is no web address") from None
     host = f"[{host}]" if ":" in host else host
     port = f":{parts.port}" if parts.port else ""
     safe = "%/:=&?~+!$,;'@()*[]"
     with suppress(UnicodeError):
         query = f"?{quote(parts.query, safe)}" if parts.query else ""
         return f"{parts.scheme.lower()}://{host}{port}{quote(parts.path, safe) or '/'}{query}"
-    raise UsageError(f"{shown(url)[:100]} is no web address")
+    raise UsageError(f"{without_secrets(url)} is no web address")
 
 
 def _too_slow(name: str, seconds: float) -> RemoteError:
@@ -253,7 +264,7 @@ def _refusal(error: HTTPError) -> str:
     reason = shown(str(error.reason)).split("\\n")[0][:80]
     if error.code in (301, 302, 303, 307, 308):
         if not is_address(error.url):
-            return f"it sends us to {shown(error.url)[:80]}, which is no web address"
+            return f"it sends us to {without_secrets(error.url)}, which is no web address"
         return f"it sends us in circles, or on more than {MAX_REDIRECTS} times ({error.code})"
     return f"its server answered {error.code} {reason}".rstrip()
 

@@ -33,7 +33,9 @@ def check(places: Sequence[str], *, is_offline: bool) -> None:
             if is_offline:
                 raise UsageError(f"{fetching.name_of(place)} cannot be had: --offline forbids it")
         elif _OTHER_SCHEME.match(place) and not os.path.lexists(place):
-            raise UsageError(f"{shown(place)[:100]}: only files and addresses of http and https can be read")
+            raise UsageError(
+                f"{fetching.without_secrets(place)}: only files and addresses of http and https can be read"
+            )
         else:
             kind_of(_path(place))
 

@@ -396,6 +396,7 @@ def web() -> Iterator[LoopbackWeb]:
         ("/latin", "text", "Grüße, Ñandú"),
         ("/paper", "pdf", "Of paper"),
         ("/packed", "text", "a packed text"),
+        ("/packed-twice", "text", "a packed text"),
         ("/moved?token=secret#part", "text", "just a text"),
     ],
 )
@@ -456,6 +457,9 @@ def test_a_slow_address_is_mentioned_and_given_up(
         ("http://[::1", "is no web address"),
         ("http://h:99999/", "is no web address"),
         ("https://h/\x1b[2J\n", r"\\x1b.*is no web address"),
+        ("http://me:secret@h:99999/?token=secret", "http://h:99999/ is no web address"),
+        ("http://me:sec/secret@h/", "http://h/ is no web address"),
+        ("ftp://me:secret@h/a?secret", "ftp://h/a: only files and addresses of http and https"),
         ("http://me:secret@127.0.0.1:9/", r"http://127.0.0.1:9/ must not hold a user name"),
     ],
 )
@@ -463,6 +467,21 @@ def test_an_address_that_is_none_is_refused_before_anything_is_sent(url: str, sa
     with pytest.raises(UsageError, match=said) as refused:
         read(told, url)
     assert "secret" not in str(refused.value)
+
+
+def test_what_comes_with_a_redirect_is_not_read(web: LoopbackWeb, told: Told) -> None:
+    assert text_of(told, web.url + "/fat") == "just a text"
+    assert web.n_sent < 64 << 20
+
+
+def test_a_proxy_s_password_goes_to_the_proxy_alone(
+    web: LoopbackWeb, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", web.url.replace("//", "//me:secret@"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert text_of(told, "http://elsewhere.example/") == "just a text"
+    proxied, direct = web.headers[-2:]
+    assert proxied["Proxy-Authorization"] and direct["Proxy-Authorization"] is None
 
 
 def test_offline_forbids_the_web(web: LoopbackWeb) -> None:
