@@ -142,7 +142,7 @@ def test_ctrl_c_shows_what_was_measured_and_leaves_no_process(environment: dict[
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, encoding="utf-8", process_group=0
     ) as process:
         deadline = time.monotonic() + 60
-        while "high_level" not in children_of(process.pid) and time.monotonic() < deadline:
+        while not children_of(process.pid, "high_level") and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)  # to it alone, as `kill -INT` does
         _, stderr = process.communicate(timeout=60)
@@ -152,6 +152,28 @@ def test_ctrl_c_shows_what_was_measured_and_leaves_no_process(environment: dict[
         os.killpg(process.pid, 0)
 
 
-def children_of(pid: int) -> str:
-    """The command lines of the processes that one has started."""
-    return subprocess.run(["ps", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_ends_the_other_programs_too(
+    number: signal.Signals, environment: dict[str, str], tmp_path: Path
+) -> None:
+    tool = tmp_path / "llama-completion"
+    tool.write_text("#!/bin/sh\nexec sleep 600\n")
+    tool.chmod(0o755)
+    environment["LLAMA_CPP_BIN"] = str(tmp_path)
+    command = [*PROGRAM, "bench", "--time", "1", "--compare"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not (sleeping := children_of(process.pid, "sleep 600")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == -number
+    (child,) = sleeping
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def children_of(pid: int, wanted: str) -> list[int]:
+    """The processes that one has started in whose command lines something stands."""
+    shown = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line.split()[0]) for line in shown.stdout.splitlines() if wanted in line]
