@@ -15,7 +15,9 @@ from conftest import PROGRAM, Run
 
 from llamacli.bench.children import ChildFailed, Children
 from llamacli.bench.figures import Figure
+from llamacli.bench.ours import speed
 from llamacli.bench.plan import Probe, Wanted, plan
+from llamacli.rates import Timing
 
 FAST, SLOW = Probe(prefill=5000, step=0.001), Probe(prefill=20, step=0.4)
 
@@ -46,6 +48,12 @@ def test_what_the_user_names_is_measured_however_long_it_takes_if_there_is_room(
     assert "9,000" in chosen.left_out[0]
 
 
+def test_a_prompt_that_there_is_no_room_for_is_said() -> None:
+    chosen = plan(Wanted(prompt=5000), FAST, limit=4096, cells=4096)
+    assert chosen.prompt == 4096 - chosen.steps
+    assert chosen.left_out == (f"prefill of 5,000 tokens: there is room for {chosen.prompt:,}",)
+
+
 def test_a_short_context_is_measured_near_its_end() -> None:
     chosen = plan(Wanted(), FAST, limit=1024, cells=1024)
     assert chosen.depths == (0, 720) and chosen.left_out == ()
@@ -66,6 +74,11 @@ def test_a_speedup_is_above_one_where_we_are_faster_in_either_unit() -> None:
     rates = Figure("prefill", 512, {"llamacli": (50.0,), "other": (25.0,), "silent": ()})
     assert (seconds.speedup("other"), rates.speedup("other"), rates.speedup("silent")) == (2.0, 2.0, None)
     assert seconds.is_unsteady("llamacli") and not seconds.is_unsteady("other")
+
+
+def test_a_moment_that_holds_us_up_counts_as_it_does_for_the_others() -> None:
+    assert speed(Timing((0.1, 0.1, 0.4))) == pytest.approx(5)
+    assert speed(Timing((0.1, 0.1, 0.4)), 4) == pytest.approx(20)
 
 
 # -- other processes ----------------------------------------------------------------------------------------------
