@@ -21,7 +21,7 @@ from llamacli.bench.rivals import BATCHED, BENCH, TOOLS_VARIABLE, LlamaCpp, Tool
 from llamacli.engine.bindings import VERSION
 from llamacli.engine.devices import gpu_devices, placed_on
 from llamacli.engine.llama import LlamaWeights, LoadOptions
-from llamacli.launch import GPU_BUILD
+from llamacli.placing import GPU_BUILD
 
 OURS = "our engine"
 N_STREAMS = 32

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llamacli import launch
+from llamacli import placing
 from llamacli.diagnosis import (
     SMALLEST_FILE,
     Bindings,
@@ -116,10 +116,10 @@ def of_gpus(gpus: Gpus, *, require_gpu: bool) -> Iterator[Problem]:
             exit_code,
         )
     elif set(gpus.backends) <= set(_NO_GPU):
-        backend = launch.BACKENDS.get(gpu.vendor, "VULKAN")
+        backend = placing.BACKENDS.get(gpu.vendor, "VULKAN")
         yield Problem(
             f"{required}{gpu.name} is not used: this build of llama.cpp has no GPU backend",
-            launch.GPU_BUILD.format(backend=backend, version=VERSION),
+            placing.GPU_BUILD.format(backend=backend, version=VERSION),
             exit_code,
         )
     else:

@@ -13,7 +13,7 @@ import random
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 
 from llamacli.engine.llama import LlamaWeights, LoadOptions
@@ -31,6 +31,11 @@ class Timing:
     @property
     def median(self) -> float:
         return median(self.seconds)
+
+    @property
+    def mean(self) -> float:
+        """What the work takes in the long run, moments that held it up included."""
+        return fmean(self.seconds)
 
     @property
     def spread(self) -> float:

@@ -17,13 +17,13 @@ from os import times
 from statistics import median
 from time import perf_counter
 
-from llamacli import launch as launching
 from llamacli import machine
 from llamacli.engine import memory
 from llamacli.engine.devices import gpu_devices
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
 from llamacli.launch import Launch, Notice
 from llamacli.models import checksum
+from llamacli.placing import place
 from llamacli.rates import Meter, Timing
 from llamacli.tuning import ROWS, Attention, Rates, Weights
 
@@ -157,7 +157,7 @@ class _Tuner:
         began, others = perf_counter(), _Others()
         launch = self._launch
         checksum.check(launch.file, launch.notes)
-        self._layers = launch.layers = launching.place(launch, gpu_devices(), machine.gpus(), notice)
+        self._layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
         memory.check(self._plan(), self._usable)
         self._report(0.0, "loading the model as it is in the file")
         with self._opened(repack=False) as stored:

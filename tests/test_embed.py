@@ -72,3 +72,9 @@ def test_what_cannot_be_embedded_is_one_line_and_no_vector(
     done = llamacli("embed", *arguments, input=text)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--lines"], [" "]])
+def test_nothing_is_found_to_be_nothing_before_a_model_is_looked_for(arguments: list[str], llamacli: Run) -> None:
+    done = llamacli("embed", "-m", "./none.gguf", *arguments, input="")
+    assert (done.returncode, done.stdout) == (2, "") and " is empty" in done.stderr

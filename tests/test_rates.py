@@ -50,6 +50,10 @@ def test_a_timing_is_its_median_and_how_far_the_repeats_lie_apart() -> None:
     assert Timing((0.0,)).spread == 0.0
 
 
+def test_what_holds_a_step_up_counts_in_the_mean() -> None:
+    assert Timing((0.1, 0.1, 0.4)).mean == pytest.approx(0.2)
+
+
 def test_a_prompt_is_read_in_batches_of_the_size_asked_for_each_time_anew(make_model: MakeModel) -> None:
     model = Remembering(make_model(n_cells=512, n_batch=64))
     timing = Meter(model).prefill(40, batch=16, repeats=2)

@@ -13,9 +13,14 @@ from llamacli.engine import memory
 from llamacli.engine.llama import ContextOptions, LlamaModel, LlamaWeights, LoadOptions
 from llamacli.errors import ResourceError
 from llamacli.launch import MAX_BATCH, Choice, Launch, Notice
-from llamacli.rates import Meter
+from llamacli.rates import Meter, Timing
 
 _PROBE = 64  # tokens
+
+
+def speed(steps: Timing, streams: int = 1) -> float:
+    """Tokens a second, moments that held a step up included: the others count to the end of all of theirs."""
+    return streams / steps.mean
 
 
 class Ours:
@@ -82,11 +87,11 @@ class Ours:
 
     def decode(self, depth: int) -> float:
         """Tokens a second, drawing them included, after so many others."""
-        return 1 / self.meter.answer(depth=depth, n=self._steps).median
+        return speed(self.meter.answer(depth=depth, n=self._steps))
 
     def streams(self, n: int) -> float:
         """Tokens a second of all together."""
-        return n / self.meter.answer(n, depth=STREAM_DEPTH, n=self._steps).median
+        return speed(self.meter.answer(n, depth=STREAM_DEPTH, n=self._steps), n)
 
     @property
     def meter(self) -> Meter:

@@ -10,7 +10,7 @@ DEPTHS = (1024, 3000)  # tokens that stand before the one that is computed
 LEAST_DEPTH = 128
 STREAMS = (1, 2, 4, 8)
 STREAM_DEPTH = 64  # tokens that each of several streams has before it
-LEAST_STEPS, MOST_STEPS = 8, 64  # of which a round's median is taken
+LEAST_STEPS, MOST_STEPS = 8, 64  # that a round takes
 SECONDS = 60.0
 MAX_ROUNDS = 5
 _STEPS_SECONDS = 0.5  # that they may take
@@ -65,6 +65,8 @@ def plan(wanted: Wanted, probe: Probe, *, limit: int, cells: int) -> Plan:
     fitting = tuple(n for n in wanted.streams if n * (STREAM_DEPTH + steps) <= cells)
     left_out += [f"{n} streams: memory holds no cache for them" for n in wanted.streams if n not in fitting]
     prompt = min(wanted.prompt or _prompt(wanted, probe), room)
+    if wanted.prompt and wanted.prompt > room:
+        left_out.append(f"prefill of {wanted.prompt:,} tokens: there is room for {room:,}")
     depths = _depths(wanted, probe, room, left_out)
     return Plan(prompt, steps, _rounds(wanted, probe, prompt, fitting), (0, *depths), fitting, tuple(left_out))
 

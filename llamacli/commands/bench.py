@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 from llamacli import __version__, machine
@@ -84,6 +85,9 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
         is_whole = True
     except KeyboardInterrupt:
         course.children.kill()
+    except _Ended as ended:
+        course.children.kill()
+        terminal.die_of(ended.number)
     for name, choice in launch.choices.items():
         notices.detail(f"{name} = {choice.value} ({choice.why})")
     found.notes += _unsteady(found.figures)
@@ -97,9 +101,24 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     return 0 if is_whole else 130
 
 
+class _Ended(BaseException):
+    """A signal that ends this process: the others that it has started would go on without it."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise _Ended(signal.Signals(number))
+
+
 def _collect(course: Course, found: _Found, stages: Stages) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    ends = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, _end)
     try:
         for event in _from_a_thread(course):
             if isinstance(event, Stage):
@@ -109,6 +128,8 @@ def _collect(course: Course, found: _Found, stages: Stages) -> None:
             else:
                 found.figures.append(event)
     finally:
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
         stages.end()
 
 

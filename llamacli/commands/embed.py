@@ -47,6 +47,9 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     question.check_machine(settings)
     notices = Notices(quiet=settings.quiet, verbose=settings.verbose)
     texts = _texts(wishes, notices)
+    for i, text in enumerate(texts):  # before a model is downloaded for nothing
+        if not text.strip():
+            raise UsageError(f"{_name(wishes, i)} is empty: there is nothing to make a vector of")
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, notices)
     work = _Work(launching.prepare(settings, file, notices.say, notes), texts, wishes, notices)
@@ -79,6 +82,10 @@ def _texts(wishes: Wishes, notices: Notices) -> list[str]:
         raise UsageError('nothing to embed: llamacli embed "your text", or pipe a text into it')
     text = terminal.read_stdin(notices)
     return [line.removesuffix("\r") for line in text.split("\n")] if wishes.lines else [text]
+
+
+def _name(wishes: Wishes, i: int) -> str:
+    return f"line {i + 1:,}" if wishes.lines else "the text"
 
 
 def _print(value: object) -> None:
@@ -123,11 +130,9 @@ class _Work:
         assert self._launch.weights is not None
         builder = PromptBuilder(self._launch.header, self._launch.weights.vocabulary, known=self._launch.file.format)
         for i, text in enumerate(self._texts):
-            if not text.strip():
-                raise UsageError(f"{self._name(i)} is empty: there is nothing to make a vector of")
             if len(text) > limit * LONGEST_PIECE:
                 raise InputTooLong(f"{self._name(i)} is far longer than the {limit:,} tokens an embedding is made of")
         return [builder.continued(text).tokens for text in self._texts]
 
     def _name(self, i: int) -> str:
-        return f"line {i + 1:,}" if self._wishes.lines else "the text"
+        return _name(self._wishes, i)

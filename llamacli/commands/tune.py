@@ -24,6 +24,7 @@ from llamacli.errors import ResourceError, UsageError
 from llamacli.launch import Launch
 from llamacli.models import store
 from llamacli.models.notes import Notes
+from llamacli.placing import place
 from llamacli.tuning import ROWS, USUAL_ANSWER, USUAL_PROMPT, ManyAnswers, OneAnswer, Rates, Weights, choose
 from llamacli.tuning_file import Subject
 
@@ -63,7 +64,7 @@ def show(settings: Settings, places: Directories, *, as_json: bool) -> int:
     notes = Notes(places.cache)
     file = store.find(settings.model, models_in(places))
     launch = launching.prepare(settings, file, notices.say, notes)
-    layers = launching.place(launch, gpu_devices(), machine.gpus(), lambda _: None)
+    layers = place(launch, gpu_devices(), machine.gpus(), lambda _: None)
     found = tuning_file.find(places.tuning, file, settings.kv_type, layers, notes)
     if found.rates is None:
         raise UsageError(f"{file.name} is not tuned for this machine ({found.why}): {how_to_tune(launch)}")

@@ -25,7 +25,7 @@ class Embedder:
     """One thread owns it. The context is made for the first text, and again for one that needs a larger one.
 
     limit      tokens of a text at most
-    together   texts that share a step where they are short: faster, and other last digits than each alone
+    together   texts that share a step where they are short: faster, and a hundredth or two from each alone
     """
 
     def __init__(self, weights: LlamaWeights, *, limit: int, threads: int, together: int = 1) -> None:

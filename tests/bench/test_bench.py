@@ -15,7 +15,9 @@ from conftest import PROGRAM, Run
 
 from llamacli.bench.children import ChildFailed, Children
 from llamacli.bench.figures import Figure
+from llamacli.bench.ours import speed
 from llamacli.bench.plan import Probe, Wanted, plan
+from llamacli.rates import Timing
 
 FAST, SLOW = Probe(prefill=5000, step=0.001), Probe(prefill=20, step=0.4)
 
@@ -46,6 +48,12 @@ def test_what_the_user_names_is_measured_however_long_it_takes_if_there_is_room(
     assert "9,000" in chosen.left_out[0]
 
 
+def test_a_prompt_that_there_is_no_room_for_is_said() -> None:
+    chosen = plan(Wanted(prompt=5000), FAST, limit=4096, cells=4096)
+    assert chosen.prompt == 4096 - chosen.steps
+    assert chosen.left_out == (f"prefill of 5,000 tokens: there is room for {chosen.prompt:,}",)
+
+
 def test_a_short_context_is_measured_near_its_end() -> None:
     chosen = plan(Wanted(), FAST, limit=1024, cells=1024)
     assert chosen.depths == (0, 720) and chosen.left_out == ()
@@ -66,6 +74,11 @@ def test_a_speedup_is_above_one_where_we_are_faster_in_either_unit() -> None:
     rates = Figure("prefill", 512, {"llamacli": (50.0,), "other": (25.0,), "silent": ()})
     assert (seconds.speedup("other"), rates.speedup("other"), rates.speedup("silent")) == (2.0, 2.0, None)
     assert seconds.is_unsteady("llamacli") and not seconds.is_unsteady("other")
+
+
+def test_a_moment_that_holds_us_up_counts_as_it_does_for_the_others() -> None:
+    assert speed(Timing((0.1, 0.1, 0.4))) == pytest.approx(5)
+    assert speed(Timing((0.1, 0.1, 0.4)), 4) == pytest.approx(20)
 
 
 # -- other processes ----------------------------------------------------------------------------------------------
@@ -142,7 +155,7 @@ def test_ctrl_c_shows_what_was_measured_and_leaves_no_process(environment: dict[
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, encoding="utf-8", process_group=0
     ) as process:
         deadline = time.monotonic() + 60
-        while "high_level" not in children_of(process.pid) and time.monotonic() < deadline:
+        while not children_of(process.pid, "high_level") and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)  # to it alone, as `kill -INT` does
         _, stderr = process.communicate(timeout=60)
@@ -152,6 +165,28 @@ def test_ctrl_c_shows_what_was_measured_and_leaves_no_process(environment: dict[
         os.killpg(process.pid, 0)
 
 
-def children_of(pid: int) -> str:
-    """The command lines of the processes that one has started."""
-    return subprocess.run(["ps", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_ends_the_other_programs_too(
+    number: signal.Signals, environment: dict[str, str], tmp_path: Path
+) -> None:
+    tool = tmp_path / "llama-completion"
+    tool.write_text("#!/bin/sh\nexec sleep 600\n")
+    tool.chmod(0o755)
+    environment["LLAMA_CPP_BIN"] = str(tmp_path)
+    command = [*PROGRAM, "bench", "--time", "1", "--compare"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not (sleeping := children_of(process.pid, "sleep 600")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == -number
+    (child,) = sleeping
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def children_of(pid: int, wanted: str) -> list[int]:
+    """The processes that one has started in whose command lines something stands."""
+    shown = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line.split()[0]) for line in shown.stdout.splitlines() if wanted in line]
