@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loopback_web import LoopbackWeb
 from papers import encrypted, pdf
 
-from llamacli.documents import decoding, fetching, folder, page, reading
+from llamacli.documents import decoding, fetching, folder, ignoring, page, reading
 from llamacli.documents.document import MAX_TEXT, Document, joined, shown
 from llamacli.documents.ignoring import Rules
 from llamacli.errors import InputTooLong, RemoteError, UsageError
@@ -276,6 +277,26 @@ def test_patterns_mean_what_they_mean_to_git(
     (tmp_path / ".gitignore").write_text(pattern + "\n")
     rules = Rules().within(tmp_path)
     assert rules.leave_out(tmp_path / path, is_directory=is_directory) is is_left_out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [("*a" * 30 + "b", "a" * 200), ("**/a/" * 20 + "x", "a/" * 100 + "y"), ("**/*a*/" * 9 + "x", "aa/" * 60 + "y")],
+)
+def test_a_pattern_of_many_stars_takes_no_time(pattern: str, path: str, tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text(pattern + "\n")
+    assert not Rules().within(tmp_path).leave_out(tmp_path / path, is_directory=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab*/", min_size=1, max_size=9), st.text("ab/", min_size=1, max_size=7))
+def test_stars_fit_whatever_trying_all_ways_would(glob: str, path: str) -> None:
+    assume("***" not in glob and "//" not in glob and not glob.endswith("/"))
+    every = re.compile(r"/\*\*\Z|\*\*/|\*+|.").sub(
+        lambda match: {"/**": "/.*", "**/": "(?:.*/)?"}.get(match[0], "[^/]*" if match[0][0] == "*" else match[0]), glob
+    )
+    assume("**/" not in re.sub(r"(^|/)(\*\*/)+", "", glob))
+    assert bool(re.fullmatch(ignoring._translated(glob), path)) == bool(re.fullmatch(every, path))
 
 
 def test_links_in_a_directory_lead_nowhere_so_that_a_loop_ends(tmp_path: Path, told: Told) -> None:
