@@ -390,6 +390,12 @@ def test_what_a_page_begins_with_is_seen_at_once_whatever_comments_stand_before_
     assert not page.is_page("<p>the text <html>")
 
 
+def test_a_page_whose_end_would_be_missing_is_refused(tmp_path: Path, told: Told) -> None:
+    (tmp_path / "a.html").write_text("<html><body>" + "<ul><li>one more" * 200)
+    with pytest.raises(UsageError, match="nested more deeply"):
+        read(told, tmp_path / "a.html")
+
+
 def test_a_large_page_does_not_take_minutes(tmp_path: Path, told: Told) -> None:
     (tmp_path / "a.html").write_text("<html><body>" + "<p>A paragraph with <i>some</i> words.</p>\n" * 30_000)
     began = time.process_time()
@@ -503,6 +509,12 @@ def test_a_proxy_s_password_goes_to_the_proxy_alone(
     assert text_of(told, "http://elsewhere.example/") == "just a text"
     proxied, direct = web.headers[-2:]
     assert proxied["Proxy-Authorization"] and direct["Proxy-Authorization"] is None
+
+
+@pytest.mark.parametrize("codec", ["unicode_escape", "Raw-Unicode-Escape"])
+def test_an_encoding_of_python_s_own_is_not_believed(codec: str) -> None:
+    text = decoding.decode(b"caf\xe9 \\ud800", "a.txt", codec).text
+    assert text == "café \\ud800"
 
 
 def test_offline_forbids_the_web(web: LoopbackWeb) -> None:
