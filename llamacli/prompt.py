@@ -302,6 +302,11 @@ def with_document(document: str, instruction: str) -> str:
     return f"{fence}\n{document}\n{fence}\n\n{instruction}"
 
 
+def without_place(text: str) -> str:
+    """Text that only happens to say {stdin}: it is to stay where it is."""
+    return text.replace("{stdin}", f"{{{INVISIBLE}stdin}}")
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A prompt that fits. `n_input` and `n_kept` are tokens of the text that was to be cut, `text` is what is left."""

@@ -126,6 +126,7 @@ HOMES = {
     "charset_normalizer": ["documents.decoding"],
     "pypdf": ["documents.pdf"],
     "trafilatura": ["documents.page"],
+    "lxml": ["documents.page"],
 }
 HEIGHT = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 

@@ -198,6 +198,26 @@ def test_ones_own_has_parameters_a_system_prompt_and_a_form(llamacli: Run, write
     assert "--language en|de" in llamacli("@review", "--help").stdout
 
 
+def test_a_value_is_never_taken_for_a_place_or_for_a_file(llamacli: Run, write: Write) -> None:
+    write(
+        '[a]\nprompt = "Say {{stdin}} to {{{who}}} of {stdin}"\n[a.parameters]\nwho = "me"\n'
+        '[b]\nprompt = "Hello"\nsystem = "{role}"\n[b.parameters]\nrole = "x"\n'
+    )
+    prompt = shown(llamacli, "@a", "--who", "stdin", text="x = 1")
+    assert prompt.replace("\u200b", "") == "Say {stdin} to {stdin} of x = 1"
+    prompt = shown(llamacli, "@translate", "--to", "{stdin}", text="x = 1")
+    assert prompt.startswith("```\nx = 1\n```") and "x = 1" not in prompt[6 + len("x = 1") :]
+    done = llamacli("@b", "--role", "@/etc/passwd", input="x")
+    assert done.returncode == 2 and "would begin with @" in one_line(done.stderr)
+
+
+def test_braces_in_the_way_to_a_system_prompt_are_no_places(tmp_path: Path) -> None:
+    path = tmp_path / "{a}" / "presets.toml"
+    path.parent.mkdir()
+    path.write_text('[b]\nprompt = "Hello"\nsystem = "@s.txt"\n')
+    assert library(path)["b"].defaults({}) == {"system": f"@{path.with_name('s.txt')}"}
+
+
 def test_ones_own_comes_before_the_packages_and_that_is_said(llamacli: Run, write: Write) -> None:
     path = write('[summarise]\nprompt = "Say it in one word."\n')
     done = llamacli("@summarise", "-v", "--show-prompt", "-n", "1", input=CARD)

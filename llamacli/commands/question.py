@@ -263,10 +263,9 @@ def _told(documents: Sequence[Document]) -> tuple[Mapping[str, object], ...]:
 
 
 def _without_place(text: str) -> str:
-    """Text that only happens to say {stdin}: it is to stay where it is."""
-    from llamacli.prompt import INVISIBLE
+    from llamacli.prompt import without_place
 
-    return text.replace(_PLACE, f"{{{INVISIBLE}stdin}}")
+    return without_place(text)
 
 
 def _tasked(task: Task, argument: str | None, piped: str, has_files: bool, notices: Notices) -> tuple[str, str]:

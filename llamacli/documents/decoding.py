@@ -24,6 +24,7 @@ _LATIN = ("cp1250", "cp1254", "cp1257")
 # Short texts in Western languages are the same bytes in several Latin code pages: theirs is cp1252.
 _WESTERN = set("äöüÄÖÜßéèêëÉÈÊàâáãåÀÂÁÅçÇîïíìóòôõøÓØúùûÚñÑæÆœŒ¿¡«»€£°§·²³½©\xa0")
 _WESTERN |= set(b"\x82\x84\x85\x91\x92\x93\x94\x96\x97".decode("cp1252"))  # quotation marks and dashes
+_ESCAPES = ("unicode-escape", "raw-unicode-escape")  # Python's own: what they make of a text may be no text
 _SAMPLE = 1 << 18  # bytes that a guess looks at
 _KINDS = (
     (b"\x89PNG\r\n", "a PNG image"),
@@ -99,6 +100,8 @@ def is_binary(head: bytes) -> bool:
 
 def _attempt(raw: bytes, codec: str) -> str | None:
     try:
+        if codecs.lookup(codec).name in _ESCAPES:
+            return None
         text = raw.decode(codec)
     except (UnicodeDecodeError, LookupError, ValueError):
         return None

@@ -96,24 +96,42 @@ def _rule(base: str, line: str) -> _Rule | None:
     return _Rule(base, pattern, leaves_out, directories_only) if line else None
 
 
-_GLOB = re.compile(r"/\*\*/|\*\*/|/\*\*|\*+|\?|\[!?\]?[^\]]*\]|\\.|.", re.DOTALL)
+_DEEP = re.compile(r"(?:^|(?<=/))(?:\*\*/)+")
+_GLOB = re.compile(r"/\*\*\Z|\*+|\?|\[!?\]?[^\]]*\]|\\.|.", re.DOTALL)
 
 
 def _translated(glob: str) -> str:
-    def one(match: re.Match[str]) -> str:
-        piece = match[0]
-        if piece == "/**/":
-            return "/(?:.*/)?"
-        if piece == "**/":
-            return "(?:.*/)?"
-        if piece == "/**":
-            return "/.*"
-        if piece[0] == "*":
-            return "[^/]*"
-        if piece == "?":
-            return "[^/]"
-        if piece[0] == "[" and len(piece) > 1:
-            return ("[^" if piece[1] == "!" else "[") + piece[1:].removeprefix("!").replace("\\", "\\\\")
-        return re.escape(piece[-1] if piece[0] == "\\" else piece)
+    """Whatever is between two stars takes the first place where it fits: to try them all could take for ever."""
+    first, *between = map(_segments, _DEEP.split(glob))
+    if not between:
+        return first
+    return first + "".join(f"(?>(?:.*?/)??{each})" for each in between[:-1]) + "(?:.*/)?" + between[-1]
 
-    return _GLOB.sub(one, glob)
+
+def _segments(glob: str) -> str:
+    """What stands between two `**/`."""
+    text, chunks = "", [""]
+    for piece in _GLOB.findall(glob):
+        if piece[0] == "*":
+            chunks.append("")
+        elif piece in ("/", "/**"):
+            text += _starred(chunks) + ("/" if piece == "/" else "/.*")
+            chunks = [""]
+        else:
+            chunks[-1] += _literal(piece)
+    return text + _starred(chunks)
+
+
+def _starred(chunks: list[str]) -> str:
+    first, *between = chunks
+    if not between:
+        return first
+    return first + "".join(f"(?>[^/]*?{each})" for each in between[:-1]) + "[^/]*" + between[-1]
+
+
+def _literal(piece: str) -> str:
+    if piece == "?":
+        return "[^/]"
+    if piece[0] == "[" and len(piece) > 1:
+        return ("[^" if piece[1] == "!" else "[") + piece[1:].removeprefix("!").replace("\\", "\\\\")
+    return re.escape(piece[-1] if piece[0] == "\\" else piece)

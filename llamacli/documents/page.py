@@ -1,4 +1,4 @@
-"""What an HTML page says, without its menus. The only room that knows trafilatura, of the extra `documents`."""
+"""What an HTML page says, without its menus. The only room that knows trafilatura and lxml, of `documents`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ def is_page(text: str) -> bool:
 def read(html: str, name: str, teller: Teller) -> Document:
     """The text of the page's main part as Markdown; of all of it where none stands out, or where it is large.
 
-    Raises UsageError for a page that says nothing.
+    Raises UsageError for a page that says nothing, or that is nested too deeply.
     """
     try:
+        import lxml.html
         import trafilatura
     except ImportError:
         raise NotInstalled(f"{name} is an HTML page, which takes one thing more to read: {INSTALL}") from None
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL + 1)
     if not is_page(html):  # part of one: trafilatura takes nothing for HTML that does not say so
         html = f"<html><body>{html}</body></html>"
+    parser = lxml.html.HTMLParser()
+    parser.feed(html)
+    parser.close()
+    if any(error.type_name == "ERR_RESOURCE_LIMIT" for error in parser.feed_error_log):  # the rest would be missing
+        raise UsageError(f"{name} is nested more deeply than can be read: make text of it, as with `w3m -dump`")
     text = None
     if len(html) <= LARGE:
         text = trafilatura.extract(html, output_format="markdown", favor_recall=True, include_comments=False)

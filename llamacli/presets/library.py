@@ -96,7 +96,7 @@ def _preset(name: str, entry: object, path: Path, source: str) -> Preset:
         source=source,
         prompt=texts["prompt"],
         description=texts.get("description", ""),
-        system=_beside(texts.get("system"), path),
+        system=_beside(texts.get("system"), Path(str(path.absolute()).replace("{", "{{").replace("}", "}}"))),
         needs_text=_switch(entry, "needs_text"),
         is_joined=entry.get("parts") == "joined",
         parameters=parameters,

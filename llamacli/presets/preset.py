@@ -83,14 +83,21 @@ class Preset:
     def task(self, given: Mapping[str, str]) -> Task:
         """Raises UsageError for a parameter that is missing or has a wrong value."""
         note = f"{self.spelling} is your own, of {self.source}, in place of the built-in one" if self.hides else None
-        instruction = filled(self.prompt, self._values(given)).strip()
+        from llamacli.prompt import without_place
+
+        # What a value or two braces make look like the place of what is piped in is none. No prompt holds a NUL.
+        said = filled(self.prompt, {**self._values(given), STDIN: "\0"})
+        instruction = without_place(said).replace("\0", f"{{{STDIN}}}").strip()
         return Task(self.name, instruction, needs_text=self.needs_text, is_joined=self.is_joined, note=note)
 
     def defaults(self, given: Mapping[str, str]) -> dict[str, object]:
         """Of settings, the system prompt among them. Raises UsageError."""
         if self.system is None:
             return dict(self.settings)
-        return {**self.settings, "system": filled(self.system, self._values(given))}
+        system = filled(self.system, self._values(given))
+        if system.startswith("@") and not self.system.startswith("@"):
+            raise UsageError(f"{self.spelling}: its system prompt would begin with @, and so name a file")
+        return {**self.settings, "system": system}
 
     def _values(self, given: Mapping[str, str]) -> dict[str, str]:
         values = {}
@@ -109,12 +116,9 @@ def places(text: str) -> list[str]:
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
-    """The text with the values in their places. {stdin} stays: what comes there is not known yet."""
+    """The text with the values in their places."""
 
     def put(match: re.Match[str]) -> str:
-        name = match[1]
-        if name is None:
-            return match[0][0]
-        return match[0] if name == STDIN else values[name]
+        return match[0][0] if match[1] is None else values[match[1]]
 
     return PLACE.sub(put, text)

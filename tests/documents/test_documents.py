@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loopback_web import LoopbackWeb
 from papers import encrypted, pdf
 
-from llamacli.documents import decoding, fetching, folder, page, reading
+from llamacli.documents import decoding, fetching, folder, ignoring, page, reading
 from llamacli.documents.document import MAX_TEXT, Document, joined, shown
 from llamacli.documents.ignoring import Rules
 from llamacli.errors import InputTooLong, RemoteError, UsageError
@@ -278,6 +279,26 @@ def test_patterns_mean_what_they_mean_to_git(
     assert rules.leave_out(tmp_path / path, is_directory=is_directory) is is_left_out
 
 
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [("*a" * 30 + "b", "a" * 200), ("**/a/" * 20 + "x", "a/" * 100 + "y"), ("**/*a*/" * 9 + "x", "aa/" * 60 + "y")],
+)
+def test_a_pattern_of_many_stars_takes_no_time(pattern: str, path: str, tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text(pattern + "\n")
+    assert not Rules().within(tmp_path).leave_out(tmp_path / path, is_directory=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab*/", min_size=1, max_size=9), st.text("ab/", min_size=1, max_size=7))
+def test_stars_fit_whatever_trying_all_ways_would(glob: str, path: str) -> None:
+    assume("***" not in glob and "//" not in glob and not glob.endswith("/"))
+    every = re.compile(r"/\*\*\Z|\*\*/|\*+|.").sub(
+        lambda match: {"/**": "/.*", "**/": "(?:.*/)?"}.get(match[0], "[^/]*" if match[0][0] == "*" else match[0]), glob
+    )
+    assume("**/" not in re.sub(r"(^|/)(\*\*/)+", "", glob))
+    assert bool(re.fullmatch(ignoring._translated(glob), path)) == bool(re.fullmatch(every, path))
+
+
 def test_links_in_a_directory_lead_nowhere_so_that_a_loop_ends(tmp_path: Path, told: Told) -> None:
     tree(tmp_path, a__text="text")
     (tmp_path / "a/up").symlink_to(tmp_path)
@@ -367,6 +388,12 @@ def test_what_a_page_begins_with_is_seen_at_once_whatever_comments_stand_before_
     assert page.is_page("\n<?xml version='1.0'?>\n<!-- one --><!-- two -->\n<!DOCTYPE HTML><p>")
     assert not page.is_page("<!-- --> " * 400 + "<p>")
     assert not page.is_page("<p>the text <html>")
+
+
+def test_a_page_whose_end_would_be_missing_is_refused(tmp_path: Path, told: Told) -> None:
+    (tmp_path / "a.html").write_text("<html><body>" + "<ul><li>one more" * 200)
+    with pytest.raises(UsageError, match="nested more deeply"):
+        read(told, tmp_path / "a.html")
 
 
 def test_a_large_page_does_not_take_minutes(tmp_path: Path, told: Told) -> None:
@@ -482,6 +509,12 @@ def test_a_proxy_s_password_goes_to_the_proxy_alone(
     assert text_of(told, "http://elsewhere.example/") == "just a text"
     proxied, direct = web.headers[-2:]
     assert proxied["Proxy-Authorization"] and direct["Proxy-Authorization"] is None
+
+
+@pytest.mark.parametrize("codec", ["unicode_escape", "Raw-Unicode-Escape"])
+def test_an_encoding_of_python_s_own_is_not_believed(codec: str) -> None:
+    text = decoding.decode(b"caf\xe9 \\ud800", "a.txt", codec).text
+    assert text == "café \\ud800"
 
 
 def test_offline_forbids_the_web(web: LoopbackWeb) -> None:
