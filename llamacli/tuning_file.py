@@ -7,7 +7,6 @@ or is about something else counts as not there, and whoever asks is told why.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,9 @@ from llamacli.tuning import Attention, Rates, Weights
 
 FORMAT = 1
 MAX_BYTES = 1 << 16
+MAX_THREADS = 512  # ggml.h: GGML_MAX_N_THREADS, beyond which llama.cpp ends the process
+MAX_SECONDS = 1e9
+MAX_ROWS = 1 << 20  # of a step, and tokens before it
 
 
 class Unusable(Exception):
@@ -223,7 +225,7 @@ def _rates(found: Mapping[str, Any]) -> Rates:
         rewritten=None if rewritten is None else _weights(rewritten),
         why_not=str(found["why_not"]),
         attention=None if attention is None else _attention(attention),
-        cores=int(_number(found["cores"], least=0)),
+        cores=int(_number(found["cores"], least=0, most=MAX_THREADS)),
         others=None if others is None else _number(others, least=0),
         spread=_number(found["spread"], least=0),
         seconds=_number(found["seconds"], least=0),
@@ -232,29 +234,32 @@ def _rates(found: Mapping[str, Any]) -> Rates:
 
 
 def _weights(found: Mapping[str, Any]) -> Weights:
-    steps = _by_number(found["steps"])
+    steps = _by_number(found["steps"], MAX_ROWS)
     if 1 not in steps:
         raise ValueError("no step of one row")
     return Weights(
-        _number(found["load"], least=0), _by_number(found["threads"]), _by_number(found["threads_batch"]), steps
+        _number(found["load"], least=0),
+        _by_number(found["threads"], MAX_THREADS),
+        _by_number(found["threads_batch"], MAX_THREADS),
+        steps,
     )
 
 
 def _attention(found: Mapping[str, Any]) -> Attention:
     depth = found["depth"]
-    if type(depth) is not int or depth < 1:
+    if type(depth) is not int or not 1 <= depth <= MAX_ROWS:
         raise ValueError("depth")
     return Attention(depth, *(_number(found[name]) for name in Attention.__slots__[1:]))
 
 
-def _by_number(found: Mapping[str, Any]) -> dict[int, float]:
+def _by_number(found: Mapping[str, Any], most: int) -> dict[int, float]:
     """Seconds by a count, in rising order. JSON has only text for keys."""
-    if not found or not all(key.isascii() and key.isdecimal() and 0 < int(key) < 1 << 20 for key in found):
+    if not found or not all(key.isascii() and key.isdecimal() and 0 < int(key) <= most for key in found):
         raise ValueError("count")
     return {int(key): _number(found[key]) for key in sorted(found, key=int)}
 
 
-def _number(value: object, least: float = 1e-9) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+def _number(value: object, least: float = 1e-9, most: float = MAX_SECONDS) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ValueError("number")
     return float(value)
