@@ -27,7 +27,11 @@ def recall(launch: Launch) -> None:
     if launch.notes is None:
         return
     why, directory = "nothing was measured", launch.notes.cache / TUNING
-    if directory.is_dir():
+    try:
+        is_there = directory.is_dir()
+    except OSError as error:
+        is_there, why = False, f"{directory} cannot be read: {error.strerror}"
+    if is_there:
         from llamacli import tuning_file
 
         found = tuning_file.find(directory, launch.file, launch.settings.kv_type, launch.layers, launch.notes)

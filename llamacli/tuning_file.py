@@ -98,8 +98,10 @@ def find(directory: Path, file: ModelFile, kv_type: str, gpu_layers: int, notes:
     stem = _stem(file.path.name)
     try:
         alike = [name for name in os.listdir(directory) if name.startswith(stem)]  # noqa: PTH208
-    except OSError:
+    except FileNotFoundError:
         alike = []
+    except OSError as error:
+        return Found(None, f"{directory} cannot be read: {error.strerror}", directory)
     if not alike:
         return Found(None, "nothing was measured", directory)
     path = directory
@@ -150,13 +152,27 @@ def read(path: Path, wanted: Subject | None = None) -> tuple[Subject, Rates]:
     return about, rates
 
 
+def prepare(directory: Path) -> None:
+    """Make the directory, for us alone. Raises ResourceError where nothing could be kept in it."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+    except OSError as error:
+        raise _not_kept(directory, error.strerror) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise _not_kept(directory, "it cannot be written to")
+
+
+def _not_kept(directory: Path, why: str | None) -> ResourceError:
+    return ResourceError(f"what is measured cannot be kept in {directory}: {why}")
+
+
 def write(directory: Path, about: Subject, rates: Rates) -> Path:
     """Keep rates, in place of older ones of the same subject. Returns where. Raises ResourceError."""
     path = directory / about.filename
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    prepare(directory)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
         try:
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -165,13 +181,13 @@ def write(directory: Path, about: Subject, rates: Rates) -> Path:
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise ResourceError(f"what was measured cannot be kept in {directory}: {error.strerror}") from None
+        raise _not_kept(directory, error.strerror) from None
     return path
 
 
 def entries(directory: Path) -> Iterator[Path]:
-    """All files, in the order of their names."""
-    with suppress(OSError):
+    """All files, in the order of their names. Raises OSError for a directory that cannot be read."""
+    with suppress(FileNotFoundError):
         yield from sorted(path for path in directory.iterdir() if path.suffix == ".json")
 
 

@@ -123,6 +123,13 @@ def test_rewritten_weights_that_do_not_fit_are_not_loaded_however_fast_they_were
     assert launch.choices["repack"].value is True
 
 
+def test_a_cache_that_cannot_be_looked_at_is_no_measurement_and_no_crash(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    launch.notes = Notes(tmp_path / ("x" * 300))  # longer than a name may be: what a missing permission is for root
+    load(launch, notices.append)
+    assert launch.rates is None and " cannot be read: File name too long" in launch.choices["tuned"].why
+
+
 def test_what_is_to_come_may_be_known_before_the_model_loads_or_after(tmp_path: Path) -> None:
     stored = Weights(0.1, {1: 1.0}, {1: 1.0}, {1: 1.0, 512: 10.0})
     quicker = replace(stored, load=20.0, steps={1: 0.5, 512: 10.0})

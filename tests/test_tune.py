@@ -189,6 +189,24 @@ def test_a_missing_model_is_exit_5_but_may_be_forgotten(llamacli: Run, tuning: P
     assert llamacli("tune", "-m", "./none.gguf", "--clear").returncode == 0
 
 
+def test_where_nothing_can_be_kept_nothing_is_measured(llamacli: Run, tuning: Path) -> None:
+    tuning.parent.mkdir(parents=True)
+    tuning.write_text("in the way")
+    done = llamacli("tune")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (6, "", 1)
+    assert f"cannot be kept in {tuning}: File exists" in done.stderr
+    assert llamacli("-n", "1", "hi").stderr == "", "what is in the way is nobody else's problem"
+
+
+@pytest.mark.parametrize("contradiction", [("-q", "-v"), ("--gpu-layers", "0")])
+def test_what_contradicts_itself_is_not_measured(
+    contradiction: tuple[str, ...], llamacli: Run, environment: dict[str, str], tuning: Path
+) -> None:
+    environment["LLAMACLI_REQUIRE_GPU"] = str("-q" not in contradiction).lower()
+    done = llamacli("tune", *contradiction)
+    assert done.returncode == 2 and "contradict" in done.stderr and not tuning.exists()
+
+
 def test_ctrl_c_leaves_what_was_kept_before_and_nothing_half_written(environment: dict[str, str], tuning: Path) -> None:
     path = keep(tuning, A)
     before = path.read_bytes()

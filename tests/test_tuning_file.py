@@ -192,3 +192,12 @@ def test_one_model_is_forgotten_or_all_are(tmp_path: Path) -> None:
         read(tmp_path / tiny().filename)
     with pytest.raises(Unusable):
         read(store.bundled())
+
+
+def test_a_place_that_cannot_be_looked_at_is_not_said_to_be_empty(tmp_path: Path) -> None:
+    blocked = tmp_path / "tuning"
+    blocked.write_text("a file")
+    found = find(blocked, store.tiny(), "f16", 0, None)
+    assert found.rates is None and found.why == f"{blocked} cannot be read: Not a directory"
+    with pytest.raises(OSError, match="Not a directory"):
+        tuning_file.clear(blocked)
