@@ -163,11 +163,16 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
         from llamacli.tuning import OneAnswer, choose
 
         launch.chosen = choose(launch.rates, OneAnswer(n_prompt), repack=False)
-    n_batch = min(max(MIN_BATCH, n_prompt), launch.chosen.batch if launch.chosen else MAX_BATCH)
+    n_batch, why_batch = max(MIN_BATCH, n_prompt), f"{n_prompt} tokens of prompt"
+    if launch.chosen is not None:
+        launch.choices["flash_attention"] = Choice(launch.flash_attention, launch.chosen.why["flash_attention"])
+        if n_batch > launch.chosen.batch:
+            n_batch, why_batch = launch.chosen.batch, launch.chosen.why["batch"]
+    n_batch = min(n_batch, MAX_BATCH)
     threads, threads_batch = choices.threads(launch)
     launch.choices |= {
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
-        "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
+        "batch": Choice(n_batch, why_batch),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     speculation = guessing.speculation(launch, n_slots=1, learns=False)
@@ -334,7 +339,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     launch.choices |= {
         "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
         "repack": Choice(repack, why),
-        "batch": Choice(n_batch, _why_batch(step_seconds)),
+        "batch": Choice(n_batch, _why_batch(launch, step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
@@ -361,8 +366,9 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     )
 
 
-def _why_batch(step_seconds: float | None) -> str:
-    return "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
+def _why_batch(launch: Launch, step_seconds: float | None) -> str:
+    why = "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
+    return why if launch.chosen is None else f"{launch.chosen.why['batch']}; {why}"
 
 
 def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:

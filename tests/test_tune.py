@@ -79,6 +79,19 @@ def test_the_reason_names_the_numbers_that_were_measured(llamacli: Run, tuning: 
     assert "16 at once" in served_choices(tuning, ServeOptions(slots=16))["repack"].why
 
 
+def test_attention_and_the_size_of_batches_are_told_with_their_numbers_too(llamacli: Run, tuning: Path) -> None:
+    weights = replace(SLOW, steps={1: 1.0, 128: 2.0, 512: 10.0})
+    keep(tuning, Rates(weights, attention=Attention(64, 1.0, 9.0, 1.0, 1.0)))  # that is: better without the flash
+    settings = settings_of(llamacli, "-n", "2", "word " * 200)
+    why = "measured: flash attention costs 776% of the time after 64 tokens"
+    assert settings["flash_attention"] == {"value": False, "why": why}
+    assert settings["batch"] == {"value": 128, "why": "measured: prompts are read at 64 tokens/s"}
+    assert settings_of(llamacli, "-n", "2", "hi")["batch"]["why"].endswith(" tokens of prompt")
+    assert served_choices(tuning, ServeOptions(slots=2))["batch"].why.startswith("measured: prompts are read at 64")
+    shown = llamacli("tune", "--show").stdout
+    assert shown.endswith(f"flash attention, for one answer: off\n    {why}\n")
+
+
 def test_an_answer_that_is_one_of_some_words_is_short_whatever_it_may_take(llamacli: Run, tuning: Path) -> None:
     keep(tuning, replace(A, rewritten=replace(A.rewritten or SLOW, load=30.0)))
     assert settings_of(llamacli, "-n", "100", "hi")["repack"]["value"] is True

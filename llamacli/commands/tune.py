@@ -155,7 +155,8 @@ def _print(about: Subject, rates: Rates, *, as_json: bool) -> None:
         threads = f"threads {choice.threads} and {choice.threads_batch}"
         table.write(f"{name}, {TOLD[name]}: {order}, {threads}, batches of {choice.batch}")
         table.write(f"    {choice.why['repack']}")
-    table.write(f"flash attention: {'off' if choice.flash_attention is False else 'on'}")
+    choice = choose(rates, JOBS["run"])  # with many at once it was not measured
+    table.write(f"flash attention, for one answer: {'off' if choice.flash_attention is False else 'on'}")
     table.write(f"    {choice.why['flash_attention']}")
 
 
