@@ -6,7 +6,7 @@ Every choice is recorded with its reason, for `--json` and `-v`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from llamacli import choices, guessing, machine, stored_prefixes
 from llamacli.choices import Choice as Choice
 from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
-from llamacli.errors import ResourceError, UsageError
+from llamacli.errors import ModelError, ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
@@ -41,6 +41,7 @@ STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
 MIN_PREFIXES = 8  # finished answers that a server keeps in the cache, for the next turn of a conversation
+NOT_REWRITTEN = "rewritten weights cannot be loaded"
 EMBEDDED_TOGETHER = 16  # texts of a command line, where nobody waits for one of them
 
 Notice = Callable[[str], None]  # one line for the user, on stderr
@@ -113,9 +114,24 @@ def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> L
     launch.flash_attention = launch.rates.flash_attention if launch.rates else None
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
-    repack = expected is not None and launch.rates is not None and choices.pays_for_one(launch, expected)
-    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    if expected is not None and launch.rates is not None:
+        launch.weights = _rewritten(launch, expected)
+    if launch.weights is None:
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers))
     return launch.weights
+
+
+def _rewritten(launch: Launch, job: OneAnswer) -> LlamaWeights | None:
+    """Rewritten weights where they pay; None where they do not, or where there turns out to be no memory for them."""
+    from llamacli.engine.llama import LlamaWeights, LoadOptions
+
+    if not choices.pays_for_one(launch, job):
+        return None
+    try:
+        return LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
+    except ModelError as error:  # a limit of which the system's free memory says nothing: ulimit -v
+        choices.pays_for_one(launch, job, f"{NOT_REWRITTEN}: {error}")
+        return None
 
 
 def settle(
@@ -133,13 +149,11 @@ def settle(
     """
     if launch.rates is None:
         return
-    from llamacli.engine.llama import LlamaWeights, LoadOptions
     from llamacli.tuning import USUAL_ANSWER, OneAnswer
 
     n_answer = min(n_answer or launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt)
     cached = (held(False), held(True)) if launch.rates.rewritten else (0, 0)
-    if choices.pays_for_one(launch, OneAnswer(n_prompt, max(1, n_answer), cached)):
-        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
+    launch.weights = _rewritten(launch, OneAnswer(n_prompt, max(1, n_answer), cached)) or launch.weights
 
 
 def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
@@ -333,6 +347,14 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
     repack, why = choices.pays_for_many(launch, options, n_cells, n_slots, usable)
+    try:
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    except ModelError as error:
+        if not repack or options.repack:
+            raise
+        refused = f"{NOT_REWRITTEN}: {error}"
+        repack, why = choices.pays_for_many(launch, replace(options, guess=None), n_cells, n_slots, usable, refused)
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers))
     threads, threads_batch = choices.threads(launch)
     n_batch = launch.chosen.batch if launch.chosen else MAX_BATCH
     step_seconds = None if options.is_alike else options.step_seconds
@@ -342,7 +364,6 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
         "batch": Choice(n_batch, _why_batch(launch, step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     speculation = guessing.speculation(launch, n_slots=options.slots, learns=True, is_alike=options.is_alike)
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
