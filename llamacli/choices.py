@@ -27,7 +27,11 @@ def recall(launch: Launch) -> None:
     if launch.notes is None:
         return
     why, directory = "nothing was measured", launch.notes.cache / TUNING
-    if directory.is_dir():
+    try:
+        is_there = directory.is_dir()
+    except OSError as error:
+        is_there, why = False, f"{directory} cannot be read: {error.strerror}"
+    if is_there:
         from llamacli import tuning_file
 
         found = tuning_file.find(directory, launch.file, launch.settings.kv_type, launch.layers, launch.notes)
@@ -42,25 +46,30 @@ def how_to_tune(launch: Launch) -> str:
     return f"llamacli tune -m {launch.file.name}" + (f" --kv-type {kv}" if kv != "f16" else "")
 
 
-def pays_for_one(launch: Launch, job: OneAnswer) -> bool:
-    """Choose by the rates, for a program that writes one answer. Returns whether rewritten weights pay."""
+def pays_for_one(launch: Launch, job: OneAnswer, refused: str = "") -> bool:
+    """Choose by the rates, for a program that writes one answer. Returns whether rewritten weights pay.
+
+    refused   why rewritten weights could not be loaded, where that was tried
+    """
     from llamacli.tuning import choose
 
     assert launch.rates is not None
     n_cells = min(job.n_prompt + job.n_answer, launch.n_limit)
-    forbidden = _no_second_copy(launch, n_cells, 1, machine.memory().usable)
+    forbidden = refused or _no_second_copy(launch, n_cells, 1, machine.memory().usable)
     launch.chosen = choose(launch.rates, job, forbidden)
     launch.choices["repack"] = Choice(launch.chosen.repack, launch.chosen.why["repack"])
     return launch.chosen.repack
 
 
-def pays_for_many(launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, usable: int) -> tuple[bool, str]:
-    """Whether to rewrite the weights, and why.
+def pays_for_many(
+    launch: Launch, options: ServeOptions, n_cells: int, n_slots: int, usable: int, refused: str = ""
+) -> tuple[bool, str]:
+    """Whether to rewrite the weights, and why. `refused` is as above.
 
     llama.cpp reads most formats faster in an order of its own. For batches of K- and I-quants it has kernels that take
     them as they are in the file, and rewriting switches those off: prompts took twice as long then, on two CPU cores.
     """
-    forbidden = _no_second_copy(launch, n_cells, n_slots, usable)
+    forbidden = refused or _no_second_copy(launch, n_cells, n_slots, usable)
     if launch.rates is not None:
         from llamacli.tuning import ManyAnswers, choose
 

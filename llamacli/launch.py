@@ -6,7 +6,7 @@ Every choice is recorded with its reason, for `--json` and `-v`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from llamacli import choices, guessing, machine, stored_prefixes
 from llamacli.choices import Choice as Choice
 from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
-from llamacli.errors import ResourceError, UsageError
+from llamacli.errors import ModelError, ResourceError, UsageError
 from llamacli.gguf import Header, read_model
 from llamacli.models import checksum
 from llamacli.models.notes import Notes
@@ -41,6 +41,7 @@ STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
 MIN_PREFIXES = 8  # finished answers that a server keeps in the cache, for the next turn of a conversation
+NOT_REWRITTEN = "rewritten weights cannot be loaded"
 EMBEDDED_TOGETHER = 16  # texts of a command line, where nobody waits for one of them
 
 Notice = Callable[[str], None]  # one line for the user, on stderr
@@ -114,9 +115,24 @@ def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> L
     launch.flash_attention = launch.rates.flash_attention if launch.rates else None
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
     launch.choices["repack"] = Choice(False, "a single answer: loading would take longer than it saves")
-    repack = expected is not None and launch.rates is not None and choices.pays_for_one(launch, expected)
-    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    if expected is not None and launch.rates is not None:
+        launch.weights = _rewritten(launch, expected)
+    if launch.weights is None:
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers))
     return launch.weights
+
+
+def _rewritten(launch: Launch, job: OneAnswer) -> LlamaWeights | None:
+    """Rewritten weights where they pay; None where they do not, or where there turns out to be no memory for them."""
+    from llamacli.engine.llama import LlamaWeights, LoadOptions
+
+    if not choices.pays_for_one(launch, job):
+        return None
+    try:
+        return LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
+    except ModelError as error:  # a limit of which the system's free memory says nothing: ulimit -v
+        choices.pays_for_one(launch, job, f"{NOT_REWRITTEN}: {error}")
+        return None
 
 
 def settle(
@@ -134,13 +150,11 @@ def settle(
     """
     if launch.rates is None:
         return
-    from llamacli.engine.llama import LlamaWeights, LoadOptions
     from llamacli.tuning import USUAL_ANSWER, OneAnswer
 
     n_answer = min(n_answer or launch.settings.max_tokens or USUAL_ANSWER, launch.n_limit - n_prompt)
     cached = (held(False), held(True)) if launch.rates.rewritten else (0, 0)
-    if choices.pays_for_one(launch, OneAnswer(n_prompt, max(1, n_answer), cached)):
-        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=launch.layers, repack=True))
+    launch.weights = _rewritten(launch, OneAnswer(n_prompt, max(1, n_answer), cached)) or launch.weights
 
 
 def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> Engine:
@@ -164,11 +178,16 @@ def start(launch: Launch, n_prompt: int, prefixes: Prefixes | None = None) -> En
         from llamacli.tuning import OneAnswer, choose
 
         launch.chosen = choose(launch.rates, OneAnswer(n_prompt), repack=False)
-    n_batch = min(max(MIN_BATCH, n_prompt), launch.chosen.batch if launch.chosen else MAX_BATCH)
+    n_batch, why_batch = max(MIN_BATCH, n_prompt), f"{n_prompt} tokens of prompt"
+    if launch.chosen is not None:
+        launch.choices["flash_attention"] = Choice(launch.flash_attention, launch.chosen.why["flash_attention"])
+        if n_batch > launch.chosen.batch:
+            n_batch, why_batch = launch.chosen.batch, launch.chosen.why["batch"]
+    n_batch = min(n_batch, MAX_BATCH)
     threads, threads_batch = choices.threads(launch)
     launch.choices |= {
         "context_start": Choice(n_cells, f"{n_prompt} tokens of prompt and {n_answer} for the answer; grows"),
-        "batch": Choice(n_batch, f"{n_prompt} tokens of prompt"),
+        "batch": Choice(n_batch, why_batch),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
     speculation = guessing.speculation(launch, n_slots=1, learns=False)
@@ -329,16 +348,23 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     n_slots = options.slots + prefixes
     n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
     repack, why = choices.pays_for_many(launch, options, n_cells, n_slots, usable)
+    try:
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
+    except ModelError as error:
+        if not repack or options.repack:
+            raise
+        refused = f"{NOT_REWRITTEN}: {error}"
+        repack, why = choices.pays_for_many(launch, replace(options, guess=None), n_cells, n_slots, usable, refused)
+        launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers))
     threads, threads_batch = choices.threads(launch)
     n_batch = launch.chosen.batch if launch.chosen else MAX_BATCH
     step_seconds = None if options.is_alike else options.step_seconds
     launch.choices |= {
         "slots": Choice(options.slots, f"sequences at once; {n_slots - options.slots} finished ones are kept beside"),
         "repack": Choice(repack, why),
-        "batch": Choice(n_batch, _why_batch(step_seconds)),
+        "batch": Choice(n_batch, _why_batch(launch, step_seconds)),
         "kv_type": Choice(launch.settings.kv_type, "--kv-type"),
     }
-    launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
     speculation = guessing.speculation(launch, n_slots=options.slots, learns=True, is_alike=options.is_alike)
     launch.choices["rewritten"] = Choice(launch.weights.is_rewritten, "weights in this CPU's order round otherwise")
     context = ContextOptions(
@@ -362,8 +388,9 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     )
 
 
-def _why_batch(step_seconds: float | None) -> str:
-    return "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
+def _why_batch(launch: Launch, step_seconds: float | None) -> str:
+    why = "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
+    return why if launch.chosen is None else f"{launch.chosen.why['batch']}; {why}"
 
 
 def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:

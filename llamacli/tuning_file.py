@@ -7,7 +7,6 @@ or is about something else counts as not there, and whoever asks is told why.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,9 @@ from llamacli.tuning import Attention, Rates, Weights
 
 FORMAT = 1
 MAX_BYTES = 1 << 16
+MAX_THREADS = 512  # ggml.h: GGML_MAX_N_THREADS, beyond which llama.cpp ends the process
+MAX_SECONDS = 1e9
+MAX_ROWS = 1 << 20  # of a step, and tokens before it
 
 
 class Unusable(Exception):
@@ -96,8 +98,10 @@ def find(directory: Path, file: ModelFile, kv_type: str, gpu_layers: int, notes:
     stem = _stem(file.path.name)
     try:
         alike = [name for name in os.listdir(directory) if name.startswith(stem)]  # noqa: PTH208
-    except OSError:
+    except FileNotFoundError:
         alike = []
+    except OSError as error:
+        return Found(None, f"{directory} cannot be read: {error.strerror}", directory)
     if not alike:
         return Found(None, "nothing was measured", directory)
     path = directory
@@ -148,13 +152,27 @@ def read(path: Path, wanted: Subject | None = None) -> tuple[Subject, Rates]:
     return about, rates
 
 
+def prepare(directory: Path) -> None:
+    """Make the directory, for us alone. Raises ResourceError where nothing could be kept in it."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+    except OSError as error:
+        raise _not_kept(directory, error.strerror) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise _not_kept(directory, "it cannot be written to")
+
+
+def _not_kept(directory: Path, why: str | None) -> ResourceError:
+    return ResourceError(f"what is measured cannot be kept in {directory}: {why}")
+
+
 def write(directory: Path, about: Subject, rates: Rates) -> Path:
     """Keep rates, in place of older ones of the same subject. Returns where. Raises ResourceError."""
     path = directory / about.filename
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    prepare(directory)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
         try:
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -163,13 +181,13 @@ def write(directory: Path, about: Subject, rates: Rates) -> Path:
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise ResourceError(f"what was measured cannot be kept in {directory}: {error.strerror}") from None
+        raise _not_kept(directory, error.strerror) from None
     return path
 
 
 def entries(directory: Path) -> Iterator[Path]:
-    """All files, in the order of their names."""
-    with suppress(OSError):
+    """All files, in the order of their names. Raises OSError for a directory that cannot be read."""
+    with suppress(FileNotFoundError):
         yield from sorted(path for path in directory.iterdir() if path.suffix == ".json")
 
 
@@ -223,7 +241,7 @@ def _rates(found: Mapping[str, Any]) -> Rates:
         rewritten=None if rewritten is None else _weights(rewritten),
         why_not=str(found["why_not"]),
         attention=None if attention is None else _attention(attention),
-        cores=int(_number(found["cores"], least=0)),
+        cores=int(_number(found["cores"], least=0, most=MAX_THREADS)),
         others=None if others is None else _number(others, least=0),
         spread=_number(found["spread"], least=0),
         seconds=_number(found["seconds"], least=0),
@@ -232,29 +250,32 @@ def _rates(found: Mapping[str, Any]) -> Rates:
 
 
 def _weights(found: Mapping[str, Any]) -> Weights:
-    steps = _by_number(found["steps"])
+    steps = _by_number(found["steps"], MAX_ROWS)
     if 1 not in steps:
         raise ValueError("no step of one row")
     return Weights(
-        _number(found["load"], least=0), _by_number(found["threads"]), _by_number(found["threads_batch"]), steps
+        _number(found["load"], least=0),
+        _by_number(found["threads"], MAX_THREADS),
+        _by_number(found["threads_batch"], MAX_THREADS),
+        steps,
     )
 
 
 def _attention(found: Mapping[str, Any]) -> Attention:
     depth = found["depth"]
-    if type(depth) is not int or depth < 1:
+    if type(depth) is not int or not 1 <= depth <= MAX_ROWS:
         raise ValueError("depth")
     return Attention(depth, *(_number(found[name]) for name in Attention.__slots__[1:]))
 
 
-def _by_number(found: Mapping[str, Any]) -> dict[int, float]:
+def _by_number(found: Mapping[str, Any], most: int) -> dict[int, float]:
     """Seconds by a count, in rising order. JSON has only text for keys."""
-    if not found or not all(key.isascii() and key.isdecimal() and 0 < int(key) < 1 << 20 for key in found):
+    if not found or not all(key.isascii() and key.isdecimal() and 0 < int(key) <= most for key in found):
         raise ValueError("count")
     return {int(key): _number(found[key]) for key in sorted(found, key=int)}
 
 
-def _number(value: object, least: float = 1e-9) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+def _number(value: object, least: float = 1e-9, most: float = MAX_SECONDS) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ValueError("number")
     return float(value)

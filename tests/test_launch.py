@@ -16,6 +16,7 @@ from llamacli.guessing import Draft
 from llamacli.launch import Launch, ServeOptions, load, prepare, serve, start
 from llamacli.models import store
 from llamacli.models.notes import Notes
+from llamacli.models.store import ModelFile
 from llamacli.tuning import OneAnswer, Rates, Weights
 
 GIB = 1 << 30
@@ -134,6 +135,13 @@ def test_rewritten_weights_that_do_not_fit_are_not_loaded_however_fast_they_were
     assert launch.choices["repack"].value is True
 
 
+def test_a_cache_that_cannot_be_looked_at_is_no_measurement_and_no_crash(tmp_path: Path) -> None:
+    launch, notices = prepared(tmp_path)
+    launch.notes = Notes(tmp_path / ("x" * 300))  # longer than a name may be: what a missing permission is for root
+    load(launch, notices.append)
+    assert launch.rates is None and " cannot be read: File name too long" in launch.choices["tuned"].why
+
+
 def test_what_is_to_come_may_be_known_before_the_model_loads_or_after(tmp_path: Path) -> None:
     stored = Weights(0.1, {1: 1.0}, {1: 1.0}, {1: 1.0, 512: 10.0})
     quicker = replace(stored, load=20.0, steps={1: 0.5, 512: 10.0})
@@ -152,6 +160,23 @@ def test_what_is_to_come_may_be_known_before_the_model_loads_or_after(tmp_path: 
         assert (launch.weights is not before) is repack
         assert before.vocabulary.tokenize("the vocabulary stays in use")
         start(launch, 10).close()
+
+
+def test_where_rewritten_weights_cannot_be_loaded_after_all_those_that_are_there_answer(tmp_path: Path) -> None:
+    stored = Weights(0.1, {1: 1.0}, {1: 1.0}, {1: 1.0, 512: 10.0})
+    quicker = replace(stored, steps={1: 0.5, 512: 10.0})
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(store.bundled().read_bytes())
+    launch, notices = prepared(tmp_path, max_tokens=500)
+    launch.file, launch.notes = ModelFile("copy", copy), Notes(tmp_path)
+    tuning_file.write(tmp_path / TUNING, tuning_file.subject(launch.file, "f16", 0, None), Rates(stored, quicker))
+    before = load(launch, notices.append)
+    copy.unlink()
+    launching.settle(launch, 10)
+    assert launch.weights is before
+    assert launch.choices["repack"].value is False
+    assert launch.choices["repack"].why.startswith("rewritten weights cannot be loaded: ")
+    start(launch, 10).close()
 
 
 @pytest.mark.parametrize("slots", [0, 129])

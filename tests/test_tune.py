@@ -79,6 +79,19 @@ def test_the_reason_names_the_numbers_that_were_measured(llamacli: Run, tuning: 
     assert "16 at once" in served_choices(tuning, ServeOptions(slots=16))["repack"].why
 
 
+def test_attention_and_the_size_of_batches_are_told_with_their_numbers_too(llamacli: Run, tuning: Path) -> None:
+    weights = replace(SLOW, steps={1: 1.0, 128: 2.0, 512: 10.0})
+    keep(tuning, Rates(weights, attention=Attention(64, 1.0, 9.0, 1.0, 1.0)))  # that is: better without the flash
+    settings = settings_of(llamacli, "-n", "2", "word " * 200)
+    why = "measured: flash attention costs 776% of the time after 64 tokens"
+    assert settings["flash_attention"] == {"value": False, "why": why}
+    assert settings["batch"] == {"value": 128, "why": "measured: prompts are read at 64 tokens/s"}
+    assert settings_of(llamacli, "-n", "2", "hi")["batch"]["why"].endswith(" tokens of prompt")
+    assert served_choices(tuning, ServeOptions(slots=2))["batch"].why.startswith("measured: prompts are read at 64")
+    shown = llamacli("tune", "--show").stdout
+    assert shown.endswith(f"flash attention, for one answer: off\n    {why}\n")
+
+
 def test_an_answer_that_is_one_of_some_words_is_short_whatever_it_may_take(llamacli: Run, tuning: Path) -> None:
     keep(tuning, replace(A, rewritten=replace(A.rewritten or SLOW, load=30.0)))
     assert settings_of(llamacli, "-n", "100", "hi")["repack"]["value"] is True
@@ -187,6 +200,24 @@ def test_a_missing_model_is_exit_5_but_may_be_forgotten(llamacli: Run, tuning: P
     for options in ([], ["--show"]):
         assert llamacli("tune", "-m", "./none.gguf", *options).returncode == 5
     assert llamacli("tune", "-m", "./none.gguf", "--clear").returncode == 0
+
+
+def test_where_nothing_can_be_kept_nothing_is_measured(llamacli: Run, tuning: Path) -> None:
+    tuning.parent.mkdir(parents=True)
+    tuning.write_text("in the way")
+    done = llamacli("tune")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (6, "", 1)
+    assert f"cannot be kept in {tuning}: File exists" in done.stderr
+    assert llamacli("-n", "1", "hi").stderr == "", "what is in the way is nobody else's problem"
+
+
+@pytest.mark.parametrize("contradiction", [("-q", "-v"), ("--gpu-layers", "0")])
+def test_what_contradicts_itself_is_not_measured(
+    contradiction: tuple[str, ...], llamacli: Run, environment: dict[str, str], tuning: Path
+) -> None:
+    environment["LLAMACLI_REQUIRE_GPU"] = str("-q" not in contradiction).lower()
+    done = llamacli("tune", *contradiction)
+    assert done.returncode == 2 and "contradict" in done.stderr and not tuning.exists()
 
 
 def test_ctrl_c_leaves_what_was_kept_before_and_nothing_half_written(environment: dict[str, str], tuning: Path) -> None:

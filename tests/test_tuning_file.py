@@ -112,6 +112,7 @@ def changed(**parts: object) -> str:
     return json.dumps(tuning_file.as_object(tiny(), RATES) | parts)
 
 
+ATTENTION = {"depth": 64, "flash_read": 1, "flash_step": 1, "plain_read": 1, "plain_step": 1}
 DAMAGED = {
     "empty": "",
     "no JSON": "{",
@@ -129,9 +130,17 @@ DAMAGED = {
     "no threads": changed(stored={"load": 1, "threads": {}, "threads_batch": {"1": 1}, "steps": {"1": 1}}),
     "zero threads": changed(stored={"load": 1, "threads": {"0": 1}, "threads_batch": {"1": 1}, "steps": {"1": 1}}),
     "a step of no time": changed(stored={"load": 1, "threads": {"1": 1}, "threads_batch": {"1": 1}, "steps": {"1": 0}}),
+    "more threads than llama.cpp can have": changed(
+        stored={"load": 1, "threads": {"513": 1}, "threads_batch": {"1": 1}, "steps": {"1": 1}}
+    ),
+    "more cores": changed(cores=10**18),
+    "a depth without end": changed(attention=ATTENTION | {"depth": 10**400}),
+    "more time than there is": changed(
+        stored={"load": 1e300, "threads": {"1": 1}, "threads_batch": {"1": 1}, "steps": {"1": 1}}
+    ),
     "no stored weights": changed(stored=None),
     "no machine": changed(machine=None),
-    "depth": changed(attention={"depth": 0, "flash_read": 1, "flash_step": 1, "plain_read": 1, "plain_step": 1}),
+    "depth": changed(attention=ATTENTION | {"depth": 0}),
     "another key": changed(machine={"more": 1}),
     "huge": changed(why_not="x" * tuning_file.MAX_BYTES),
     "deep": "[" * 50_000,
@@ -183,3 +192,12 @@ def test_one_model_is_forgotten_or_all_are(tmp_path: Path) -> None:
         read(tmp_path / tiny().filename)
     with pytest.raises(Unusable):
         read(store.bundled())
+
+
+def test_a_place_that_cannot_be_looked_at_is_not_said_to_be_empty(tmp_path: Path) -> None:
+    blocked = tmp_path / "tuning"
+    blocked.write_text("a file")
+    found = find(blocked, store.tiny(), "f16", 0, None)
+    assert found.rates is None and found.why == f"{blocked} cannot be read: Not a directory"
+    with pytest.raises(OSError, match="Not a directory"):
+        tuning_file.clear(blocked)

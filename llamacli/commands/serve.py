@@ -103,6 +103,8 @@ class Wishes:
 
 def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     """Serve until a signal ends it. Returns the exit code. Raises LlamacliError before anything is loaded."""
+    if settings.quiet and settings.verbose:
+        raise UsageError("--quiet and --verbose contradict each other")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that goes away must not take us along
     log = Log(sys.stderr, as_json=not sys.stderr.isatty(), quiet=settings.quiet)
     logging.getLogger().addHandler(Relay(log))
@@ -265,6 +267,7 @@ class _Server:
             if starting.done():
                 starting.result()  # raises what the loading raised
                 self._announce()
+                self._tell_choices()
                 self._log.event("ready", self._ready_line())
                 self._tell_ready()
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -281,6 +284,13 @@ class _Server:
     def _ready_line(self) -> str:
         where = str(self._wishes.uds) if self._wishes.uds else listen.url_of(self._bound)
         return f"serving {self._name} at {where}"
+
+    def _tell_choices(self) -> None:
+        """What the engine has chosen for this machine, and why, with --verbose."""
+        facts = self._engine.facts
+        if self._settings.verbose and facts is not None:
+            for name, (value, why) in facts.choices.items():
+                self._log.event("choice", f"{name} = {value} ({why})")
 
     def _tell_ready(self) -> None:
         if self._ready_file is not None:

@@ -52,6 +52,7 @@ def serve(
     cache_size: options.CacheSize = None,
     offline: Annotated[bool | None, typer.Option("--offline", help="Never use the network.")] = None,
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
+    verbose: options.VerboseSetting = None,
     ready_file: testing_options.ReadyFile = None,
     deterministic: testing_options.Deterministic = False,
     record: testing_options.Record = None,

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from llamacli import launch as launching
 from llamacli import machine, tuning_file
 from llamacli.choices import how_to_tune
-from llamacli.commands import table
+from llamacli.commands import question, table
 from llamacli.commands.obtain import models_in, obtain
 from llamacli.commands.progress import Stages
 from llamacli.commands.terminal import Notices
@@ -44,10 +44,14 @@ TOLD = {
 
 def run(settings: Settings, places: Directories, *, as_json: bool) -> int:
     """Measure, keep and print. Raises LlamacliError; what was kept before stays until all is measured."""
+    if settings.quiet and settings.verbose:
+        raise UsageError("--quiet and --verbose contradict each other")
+    question.check_machine(settings)
     notices = Notices(quiet=settings.quiet, verbose=settings.verbose)
     notes = Notes(places.cache)
     file = obtain(settings, models_in(places), notes, notices)
     launch = launching.prepare(settings, file, notices.say, notes)
+    tuning_file.prepare(places.tuning)  # rather than find out after a minute that nothing can be kept
     rates = _measured(launch, notices, quiet=settings.quiet)
     about = tuning_file.subject(file, settings.kv_type, launch.layers, notes)
     path = tuning_file.write(places.tuning, about, rates)
@@ -151,7 +155,8 @@ def _print(about: Subject, rates: Rates, *, as_json: bool) -> None:
         threads = f"threads {choice.threads} and {choice.threads_batch}"
         table.write(f"{name}, {TOLD[name]}: {order}, {threads}, batches of {choice.batch}")
         table.write(f"    {choice.why['repack']}")
-    table.write(f"flash attention: {'off' if choice.flash_attention is False else 'on'}")
+    choice = choose(rates, JOBS["run"])  # with many at once it was not measured
+    table.write(f"flash attention, for one answer: {'off' if choice.flash_attention is False else 'on'}")
     table.write(f"    {choice.why['flash_attention']}")
 
 

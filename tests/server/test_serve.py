@@ -98,6 +98,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield ready
 
 
+def test_with_v_the_log_says_what_was_chosen_and_why(environment: dict[str, str]) -> None:
+    command = [*PROGRAM, "serve", "--port", "0", "-v"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stderr is not None
+        events = []
+        for line in process.stderr:
+            events.append(json.loads(line))
+            if events[-1]["event"] == "ready":
+                process.terminate()
+    chosen = [event["message"] for event in events if event["event"] == "choice"]
+    assert any(line.startswith("tuned = False (nothing was measured; llamacli tune -m tiny") for line in chosen)
+    assert any(line.startswith("repack = True (a server loads once") for line in chosen)
+
+
+def test_quiet_and_verbose_contradict_each_other(llamacli: Run) -> None:
+    done = llamacli("serve", "-q", "-v")
+    assert done.returncode == 2 and "contradict each other" in done.stderr
+
+
 # -- the Llama 2 API ---------------------------------------------------------------------------------------------
 
 
