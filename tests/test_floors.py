@@ -76,7 +76,7 @@ FLOORS = [
     ["presets.preset", "presets.library"],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],
     [
-        *("commands.terminal", "commands.table", "commands.progress", "commands.pace", "commands.stages"),
+        *("commands.terminal", "commands.table", "commands.progress", "commands.pace"),
         *("commands.options", "commands.obtain"),
     ],
     [
@@ -116,7 +116,7 @@ HOMES = {
         *("commands.testing_options", "commands.options", "commands.keeping", "commands.talking"),
         *("commands.serving", "commands.app"),
     ],
-    "rich": ["commands.progress", "commands.pace", "commands.stages", "commands.table", "commands.rendering"],
+    "rich": ["commands.progress", "commands.pace", "commands.table", "commands.rendering"],
     "markdown_it": ["commands.rendering"],
     "prompt_toolkit": ["commands.editor"],
     "huggingface_hub": ["models.hub"],

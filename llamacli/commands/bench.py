@@ -21,7 +21,7 @@ from llamacli.bench.plan import Wanted
 from llamacli.bench.rivals import Tools
 from llamacli.commands import question, table, terminal
 from llamacli.commands.obtain import models_in, obtain
-from llamacli.commands.stages import Stages
+from llamacli.commands.progress import Stages
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Settings
 from llamacli.errors import UsageError
@@ -81,7 +81,7 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     course = Course(launch, wishes.wanted, Children(), tools, load, notices.say)
     found, is_whole = _Found(), False
     try:
-        _collect(course, found, Stages(notices, quiet=settings.quiet))
+        _collect(course, found, Stages(f"measuring {file.name}", notices, quiet=settings.quiet))
         is_whole = True
     except KeyboardInterrupt:
         course.children.kill()
@@ -122,7 +122,7 @@ def _collect(course: Course, found: _Found, stages: Stages) -> None:
     try:
         for event in _from_a_thread(course):
             if isinstance(event, Stage):
-                stages.begin(event.text)
+                stages.report(None, event.text)
             elif isinstance(event, Note):
                 found.notes.append(event.text)
             else:

@@ -71,11 +71,12 @@ class Bar:
 
 
 class Stages:
-    """Work whose parts have names, and of which it is known which share is done."""
+    """Work whose parts have names: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, what: str, notices: Notices, *, quiet: bool = False) -> None:
         self._what, self._notices, self._quiet = what, notices, quiet
         self._stage = ""
+        self._said = monotonic()
         self._rich: RichProgress | None = None
         self._task: TaskID | None = None
         if not quiet and os.isatty(_STDERR) and os.environ.get("TERM") != "dumb":
@@ -97,13 +98,20 @@ class Stages:
         self._task = self._rich.add_task(harmless(self._what), total=1.0, stage="")
         self._rich.start()
 
-    def report(self, share: float, stage: str) -> None:
-        """share   of all the work that is done, from 0 to 1"""
+    def report(self, share: float | None, stage: str) -> None:
+        """share   of all the work that is done, from 0 to 1; None where nobody knows: then not every stage is a line"""
         if self._rich is not None and self._task is not None:
-            self._rich.update(self._task, completed=share, stage=stage)
+            self._rich.update(self._task, total=None if share is None else 1.0, completed=share or 0.0, stage=stage)
         elif stage and stage != self._stage and not self._quiet:
-            self._notices.say(f"{self._what}: {share:.0%}, {stage}")
+            self._say(share, stage)
         self._stage = stage
+
+    def _say(self, share: float | None, stage: str) -> None:
+        if share is not None:
+            self._notices.say(f"{self._what}: {share:.0%}, {stage}")
+        elif monotonic() >= self._said + EVERY:
+            self._said = monotonic()
+            self._notices.say(f"{self._what}: {stage}")
 
     def end(self) -> None:
         if self._rich is not None:
