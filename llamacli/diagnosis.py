@@ -373,7 +373,7 @@ def read_file(file: ModelFile, usable: int, gpus: Gpus, *, is_default: bool = Fa
 
 def _context_that_fits(header: Header, usable: int, free_on_gpus: int) -> int:
     """As a launch would find it. Raises ResourceError when not even the shortest context fits."""
-    limit = header.context_length or launch.FALLBACK_CONTEXT
+    limit = header.usual_context
     shortest = min(limit, launch.MAX_BATCH)
     gpu_layers = memory.gpu_layers_that_fit(header, free_on_gpus, shortest) if free_on_gpus else 0
     memory.check(memory.plan(header, shortest, n_ubatch=launch.MIN_BATCH, gpu_layers=gpu_layers), usable)

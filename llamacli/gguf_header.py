@@ -18,6 +18,7 @@ Scalar = int | float | str
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 U64 = struct.Struct("<Q")
+FALLBACK_CONTEXT = 4096  # tokens
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS: no list of one number per layer is longer
 
@@ -129,6 +130,11 @@ class Header:
     def context_length(self) -> int | None:
         """The context the model was trained with, in tokens."""
         return self._count("context_length")
+
+    @property
+    def usual_context(self) -> int:
+        """The same; what is usual of Llama 2 where the file does not say it."""
+        return self.context_length or FALLBACK_CONTEXT
 
     @property
     def n_layer(self) -> int:

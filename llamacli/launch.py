@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamacli import choices, guessing, machine, stored_prefixes
+from llamacli import choices, guessing, machine, sizing, stored_prefixes
 from llamacli.choices import Choice as Choice
 from llamacli.config import PREFIXES, Settings
 from llamacli.engine import memory
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from llamacli.engine.worker import Workshop
     from llamacli.tuning import Chosen, OneAnswer, Rates
 
-FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 FIRST_ANSWER = 256  # cells put by for an answer of unknown length; the cache grows when they are used up
 MAX_BATCH = memory.MAX_ROWS
 MAX_GUESSED = memory.MAX_GUESSED
-MIN_BATCH = 32
+MIN_BATCH = memory.MIN_ROWS
 STEP_SECONDS = 0.25  # what the streams of others wait for a long prompt
 MAX_SERVED = 128  # slots of a server: llama.cpp has 256 in all, and half of them hold kept prefixes
 MIN_SERVED = 256  # tokens of a prompt that a server keeps on the disk: many a server sees a new short one each second
@@ -91,7 +90,7 @@ def prepare(
     draft   a smaller model that is to write ahead
     """
     header = read_model(file.path)
-    launch = Launch(file, header, settings, _limit(header, settings, notice), notes)
+    launch = Launch(file, header, settings, sizing.limit(header, settings, notice), notes)
     if draft is not None:
         launch.draft = guessing.draft_of(draft, header)
     return launch
@@ -110,7 +109,7 @@ def load(launch: Launch, notice: Notice, expected: OneAnswer | None = None) -> L
 
     checksum.check(launch.file, launch.notes)
     layers = launch.layers = place(launch, gpu_devices(), machine.gpus(), notice)
-    launch.max_cells = _max_cells(launch, layers)
+    launch.max_cells = sizing.max_cells(launch, layers)
     choices.recall(launch)
     launch.flash_attention = launch.rates.flash_attention if launch.rates else None
     # Rewriting the weights for this CPU makes decoding faster, but costs seconds of loading: wrong for one answer.
@@ -346,7 +345,7 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
     usable -= guessing.claim(launch, options.slots)
     prefixes = max(MIN_PREFIXES, options.slots) if options.prefixes is None else options.prefixes
     n_slots = options.slots + prefixes
-    n_cells = _served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
+    n_cells = sizing.served_cells(launch, options.contexts or options.slots, n_slots, layers, usable, notice)
     repack, why = choices.pays_for_many(launch, options, n_cells, n_slots, usable)
     try:
         launch.weights = LlamaWeights(launch.file.path, LoadOptions(gpu_layers=layers, repack=repack))
@@ -391,81 +390,3 @@ def serve(launch: Launch, options: ServeOptions, notice: Notice, *, usable: int)
 def _why_batch(launch: Launch, step_seconds: float | None) -> str:
     why = "nobody waits for a stream" if step_seconds is None else f"prompts get {step_seconds:g} s of a step"
     return why if launch.chosen is None else f"{launch.chosen.why['batch']}; {why}"
-
-
-def _served_cells(launch: Launch, contexts: int, n_slots: int, layers: int, usable: int, notice: Notice) -> int:
-    """Cells of the cache: a full context for each slot, or what memory allows. It is shared, so that need not hurt."""
-    header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    smallest = memory.plan(
-        header,
-        min(limit, memory.CELLS),
-        n_ubatch=MAX_BATCH,
-        gpu_layers=layers,
-        n_outputs=n_slots + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-    )
-    guessing.check(launch, smallest, usable)
-    wanted = -(-limit * contexts // memory.CELLS) * memory.CELLS
-    n_cells = memory.largest_context(
-        header,
-        usable,
-        wanted,
-        n_ubatch=MAX_BATCH,
-        gpu_layers=layers,
-        n_outputs=n_slots + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-        n_devices=launch.n_devices,
-        device_bytes=launch.device_bytes,
-    )
-    n_cells = max(n_cells, memory.CELLS)
-    room = f"{usable / 2**30:.1f} GiB of memory can be used"
-    if launch.device_bytes is not None:
-        room += f", and {launch.device_bytes / 2**30:.1f} GiB of GPU memory"
-    why = f"{contexts} x {limit:,} tokens" if n_cells >= wanted else f"{room}; {contexts} x {limit:,} tokens need more"
-    launch.choices["cells"] = Choice(n_cells, why)
-    if n_cells < limit:
-        notice(f"a sequence can hold {n_cells:,} tokens instead of {limit:,}: {room}")
-        launch.choices["context_limit"] = Choice(n_cells, room)
-        launch.n_limit = n_cells
-    return n_cells
-
-
-def _max_cells(launch: Launch, layers: int) -> int:
-    """How far the KV cache may grow: to the limit, or as far as memory goes."""
-    header, limit, kv = launch.header, launch.n_limit, launch.settings.kv_type
-    usable = machine.memory().usable - guessing.claim(launch, 1)
-    smallest = memory.plan(
-        header,
-        min(limit, memory.CELLS),
-        n_ubatch=MIN_BATCH,
-        gpu_layers=layers,
-        n_outputs=1 + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-    )
-    guessing.check(launch, smallest, usable)
-    blocks = -(-limit // memory.CELLS)
-    largest = memory.largest_context(
-        header,
-        usable,
-        blocks * memory.CELLS,
-        gpu_layers=layers,
-        n_outputs=1 + MAX_GUESSED,
-        type_k=kv,
-        type_v=kv,
-    )
-    if largest < limit:
-        launch.choices["context_limit"] = Choice(largest, f"{usable / 2**30:.1f} GiB of memory can be used")
-    return min(max(largest, memory.CELLS), limit)
-
-
-def _limit(header: Header, settings: Settings, notice: Notice) -> int:
-    """Tokens that a sequence may hold: the wish, or what the model was trained with."""
-    trained = header.context_length or FALLBACK_CONTEXT
-    if settings.ctx_size is None:
-        return trained
-    if settings.ctx_size > trained:
-        notice(f"--ctx-size {settings.ctx_size:,} is more than this model was trained with; using {trained:,}")
-    return min(settings.ctx_size, trained)

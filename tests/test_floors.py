@@ -43,7 +43,7 @@ FLOORS = [
     ["engine.embedding", "engine.engine", "engine.protocol", "engine.life", "engine.worker", "engine.supervisor"],
     [
         *("rates", "together", "splitting", "mapreduce", "stored_prefixes", "tuning", "tuning_file"),
-        *("choices", "guessing", "placing", "launch", "tuner", "diagnosis", "problems"),
+        *("choices", "guessing", "placing", "sizing", "launch", "tuner", "diagnosis", "problems"),
     ],
     [
         *("bench.plan", "bench.figures", "bench.children", "bench.high_level"),
@@ -268,7 +268,7 @@ PLAIN = {
     *("engine.bindings", "engine.devices", "engine.memory", "engine.llama", "engine.model", "engine.sampling"),
     *("engine.sequence", "engine.kv", "engine.scheduler", "engine.engine", "engine.detokenizer", "engine.recall"),
     *("engine.lookup", "engine.speculation"),
-    *("choices", "guessing", "placing", "stored_prefixes", "__main__", "commands", "models", "engine"),
+    *("choices", "guessing", "placing", "sizing", "stored_prefixes", "__main__", "commands", "models", "engine"),
 }
 PLAIN_THIRD_PARTIES = {
     *("typer", "annotated_doc", "shellingham"),  # typer and what it needs

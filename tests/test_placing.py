@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamacli import launch as launching
+from llamacli import sizing
 from llamacli.config import Settings
 from llamacli.engine import memory
 from llamacli.engine.bindings import VERSION
@@ -55,12 +55,12 @@ def test_a_server_on_a_gpu_holds_what_the_gpu_has_room_for() -> None:
     launch, notices = prepared()
     whole = memory.plan(launch.header, 1024, gpu_layers=-1).device.total
     assert place(launch, [device(whole * 8 // 7 + (1 << 20))], [NVIDIA], notices.append) == -1
-    n_cells = launching._served_cells(launch, 4, 12, -1, 64 * GIB, notices.append)
+    n_cells = sizing.served_cells(launch, 4, 12, -1, 64 * GIB, notices.append)
     assert 1024 <= n_cells < 4 * 1024
     assert "GPU memory" in launch.choices["cells"].why
     launch, notices = prepared(gpu_layers="all")  # as set: llama.cpp will say whether it is true
     place(launch, [device(whole)], [NVIDIA], notices.append)
-    assert launching._served_cells(launch, 4, 12, -1, 64 * GIB, notices.append) == 4 * 1024
+    assert sizing.served_cells(launch, 4, 12, -1, 64 * GIB, notices.append) == 4 * 1024
 
 
 def test_a_gpu_without_room_is_said_and_not_used() -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from llamacli.errors import ResourceError
 from llamacli.gguf import Header
 
+MIN_ROWS = 32
 MAX_ROWS = 512  # of a step: more costs memory and gains nothing on a CPU
 MAX_GUESSED = 24  # rows of a step for guessed tokens, all sequences together
 CELLS = 256  # llama.cpp makes the context a multiple of this many tokens

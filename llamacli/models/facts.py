@@ -11,7 +11,6 @@ from llamacli.models.notes import Notes
 from llamacli.models.store import ModelFile
 
 VERSION = 1
-FALLBACK_CONTEXT = 4096  # tokens, for a file that does not say what it was trained with
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ _NAMES = {field.name for field in fields(Facts)}
 
 
 def _read(header: Header) -> Facts:
-    context = header.context_length or FALLBACK_CONTEXT
+    context = header.usual_context
     return Facts(
         architecture=header.architecture,
         title=header.name,
@@ -57,7 +56,7 @@ def _read(header: Header) -> Facts:
 
 def ram_by_context(header: Header) -> dict[int, dict[str, int]]:
     """Bytes of memory by tokens of context and type of the KV cache."""
-    longest = header.context_length or FALLBACK_CONTEXT
+    longest = header.usual_context
     sizes: list[int] = [n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768) if n < longest] + [longest]
     return {
         n: {kind: memory.plan(header, n, type_k=kind, type_v=kind).total for kind in ("f16", "q8_0")} for n in sizes
