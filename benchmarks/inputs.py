@@ -42,6 +42,12 @@ class Inputs:
         return str(path)
 
 
+def at_home(home: Path) -> dict[str, str]:
+    """The environment without the user's own settings, and with a home directory of ours."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
+    return kept | {"LLAMACLI_HOME": str(home)}
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from benchmarks.inputs import Inputs, inputs, parser
+from benchmarks.inputs import Inputs, at_home, inputs, parser
 from benchmarks.sideways import Row, at_most_times, in_turn, load_average, report
 from benchmarks.startup import first_answer_byte, llamacli
 
@@ -42,16 +42,11 @@ class _Bench:
     def _store(self) -> Path:
         return self.home / "cache" / "prefixes"
 
-    @property
-    def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
-        return kept | {"LLAMACLI_HOME": str(self.home)}
-
     def prepare(self) -> int:
         """Ask the first question and keep what is stored of it. Returns the tokens of the prompt."""
         command = [*self._command(FIRST), "--json"]
         with self.document.open("rb") as text:
-            done = subprocess.run(command, env=self._environment, stdin=text, stdout=subprocess.PIPE, check=True)
+            done = subprocess.run(command, env=at_home(self.home), stdin=text, stdout=subprocess.PIPE, check=True)
         shutil.copytree(self._store, self.kept)
         n_tokens: int = json.loads(done.stdout)["usage"]["prompt_tokens"]
         return n_tokens
@@ -69,7 +64,7 @@ class _Bench:
         if is_cold:
             self._drop()
         stdin = Path(os.devnull) if is_short else self.document
-        return first_answer_byte(self._command(question), self._environment, self.given.path, stdin)
+        return first_answer_byte(self._command(question), at_home(self.home), self.given.path, stdin)
 
     def read(self, *, is_cold: bool = False) -> float:
         """Milliseconds to read what is stored, and nothing else."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from benchmarks.inputs import Inputs, inputs, parser
+from benchmarks.inputs import Inputs, at_home, inputs, parser
 from benchmarks.sideways import Row, at_most_more, at_most_times, in_turn, load_average, report
 from benchmarks.startup import first_answer_byte, llamacli
 from llamacli.models import store
@@ -42,11 +42,6 @@ class _Bench:
     def _store(self) -> Path:
         return self.home / "cache" / "prefixes"
 
-    @property
-    def _environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
-        return kept | {"LLAMACLI_HOME": str(self.home)}
-
     def converse(self, n_tokens: int) -> int:
         """Have a conversation of so many tokens. Returns how many there are."""
         n = i = 0
@@ -54,7 +49,7 @@ class _Bench:
             ages = " ".join(f"Item {i + j} is {(i + j) * 7919 % 100} years old." for j in range(8))
             command = [*self._command(f"{ages} Which is the oldest?"), "--session", SESSION, "-n", "16", "--json"]
             done = subprocess.run(
-                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True
+                command, env=at_home(self.home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True
             )
             usage = json.loads(done.stdout)["usage"]
             n, i = usage["prompt_tokens"] + usage["completion_tokens"], i + 8
@@ -68,18 +63,18 @@ class _Bench:
             shutil.copytree(self.kept, self._store, copy_function=os.link)
         cache = [] if is_kept else ["--no-cache"]
         command = [*self._command(NEXT), "-n", "4", "--session", SESSION, "--no-log", *cache]
-        return first_answer_byte(command, self._environment, self.path)
+        return first_answer_byte(command, at_home(self.home), self.path)
 
     def alone(self, *arguments: str) -> float:
         """Milliseconds to the first byte of an answer to a short question."""
-        return first_answer_byte([*self._command(SHORT), "-n", "4", *arguments], self._environment, self.path)
+        return first_answer_byte([*self._command(SHORT), "-n", "4", *arguments], at_home(self.home), self.path)
 
     def whole(self, *arguments: str) -> float:
         """Milliseconds that a process takes for a short question, from its start to its end."""
         started = perf_counter()
         subprocess.run(
             [*self._command(SHORT), "-n", "4", *arguments],
-            env=self._environment,
+            env=at_home(self.home),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             check=True,

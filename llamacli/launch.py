@@ -1,4 +1,4 @@
-"""From settings to a running engine: which file, will it fit, with how many threads.
+"""From settings to a running engine: weights, context, slots, each with what was chosen for this machine and job.
 
 Every choice is recorded with its reason, for `--json` and `-v`.
 """

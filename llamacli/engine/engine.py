@@ -16,11 +16,11 @@ from llamacli.engine.kv import KvCache, common_prefix
 from llamacli.engine.model import Aborted, BatchFailed, KvFull, Model, Sampler
 from llamacli.engine.scheduler import Scheduler
 from llamacli.engine.sequence import Chunk, Delta, FinishReason, Load, Logprobs, SamplingParams, Sequence, Usage
-from llamacli.engine.speculation import Speculation
 from llamacli.errors import InputTooLong, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from llamacli.engine.prefixes import Prefixes
+    from llamacli.engine.speculation import Speculation
 
 
 @dataclass(slots=True)
@@ -158,8 +158,8 @@ class Engine:
             return [self._finish(chunk.sequence, FinishReason.FAILED) for chunk in chunks]
         seconds = perf_counter() - started
         self._scheduler.commit(chunks, seconds)
-        if self.speculation is not None and all(chunk.n - len(chunk.guessed) == 1 for chunk in chunks):
-            self.speculation.costs.learn(sum(chunk.n for chunk in chunks), seconds)
+        if self.speculation is not None and self.speculation.costs.learns:
+            self.speculation.learn(chunks, seconds)
         deltas = []
         for chunk, row in zip(chunks, rows, strict=True):
             if chunk.guessed:

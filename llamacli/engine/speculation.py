@@ -14,7 +14,7 @@ from heapq import heapify, heapreplace
 from typing import TYPE_CHECKING
 
 from llamacli.engine.lookup import Guesses, Lookup
-from llamacli.engine.sequence import Sequence
+from llamacli.engine.sequence import Chunk, Sequence
 
 if TYPE_CHECKING:
     from llamacli.engine.draft_model import DraftModel
@@ -178,6 +178,11 @@ class Speculation:
         for i, guesses in zip(asked, model.guess([decoding[i] for i in asked], n), strict=True):
             if guesses:
                 offers[i] = guesses[: limits[i]]
+
+    def learn(self, chunks: list[Chunk], seconds: float) -> None:
+        """What a step took, if all its rows were for tokens that follow one another, and none for a prompt."""
+        if all(chunk.n - len(chunk.guessed) == 1 for chunk in chunks):
+            self.costs.learn(sum(chunk.n for chunk in chunks), seconds)
 
     def note(self, sequence: Sequence, n_guessed: int, n_right: int) -> None:
         """So many guesses of a sequence were computed, and so many of them were what the sampler drew."""

@@ -46,6 +46,21 @@ def alone(say: Callable[[tuple[int, ...]], int], prompt: list[int], n: int) -> l
     return tokens[len(prompt) :]
 
 
+def assert_all_say_what_they_would_alone(
+    engine: Engine, prompts: list[list[int]], n: int, say: Callable[[tuple[int, ...]], int]
+) -> None:
+    """Or the beginning of it, where the cache has run full."""
+    limit = engine.n_limit
+    wanted = {
+        engine.add(prompt, SamplingParams(max_tokens=n)).id: alone(say, prompt, min(n, limit - len(prompt)))
+        for prompt in prompts
+    }
+    for sequence_id, deltas in drain(engine).items():
+        said = tokens_of(deltas)
+        assert said == wanted[sequence_id][: len(said)]
+        assert len(said) == len(wanted[sequence_id]) or deltas[-1].finish_reason is FinishReason.CONTEXT
+
+
 def test_what_repeats_itself_takes_fewer_steps_and_says_the_same() -> None:
     model = ScriptedModel(n_cells=256, say=in_circles)
     engine = guessing(model)
@@ -75,14 +90,7 @@ def test_guesses_and_company_change_nothing(
 
     model = ScriptedModel(n_cells=n_cells, say=say)
     engine = guessing(model, costs, n_limit=40)
-    wanted = {
-        engine.add(prompt, SamplingParams(max_tokens=n)).id: alone(say, prompt, min(n, 40 - len(prompt)))
-        for prompt in prompts
-    }
-    for sequence_id, deltas in drain(engine).items():
-        said = tokens_of(deltas)
-        assert said == wanted[sequence_id][: len(said)]
-        assert len(said) == len(wanted[sequence_id]) or deltas[-1].finish_reason is FinishReason.CONTEXT
+    assert_all_say_what_they_would_alone(engine, prompts, n, say)
     assert is_clean(engine, model)
 
 
@@ -337,14 +345,7 @@ def test_a_smaller_model_that_is_often_wrong_changes_nothing(
     clerk.hesitates = hesitates
     model = ScriptedModel(n_cells=200)
     engine = assisted(model, clerk, n_limit=40)
-    wanted = {
-        engine.add(prompt, SamplingParams(max_tokens=n)).id: alone(count_up, prompt, min(n, 40 - len(prompt)))
-        for prompt in prompts
-    }
-    for sequence_id, deltas in drain(engine).items():
-        said = tokens_of(deltas)
-        assert said == wanted[sequence_id][: len(said)]
-        assert len(said) == len(wanted[sequence_id]) or deltas[-1].finish_reason is FinishReason.CONTEXT
+    assert_all_say_what_they_would_alone(engine, prompts, n, count_up)
     assert clerk.n_refused == 0
     assert is_clean(engine, model) and clerk.n_used == 0
 
