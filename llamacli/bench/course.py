@@ -79,6 +79,8 @@ class Course:
         high_level = self._high_level(max(chosen.prompt, *chosen.depths) + chosen.steps + 1, chosen.steps)
         if self.tools is not None and high_level is None:
             yield Note(f"{HIGH_LEVEL} was left out: memory does not hold the weights once more")
+        if self.tools is not None and self.launch.settings.kv_type != "f16":
+            yield Note("the others are measured with a cache of their own default, f16")
         if self.tools is not None and not self.tools.programs:
             yield Note(f"llama.cpp's own tools were not found: {TOOLS_VARIABLE} names their directory")
         try:
@@ -172,8 +174,9 @@ class Course:
         if self.tools is None:
             return None
         needed = memory.plan(self.launch.header, n_ctx).host.total
-        fits = needed <= machine.memory().usable
-        return HighLevel(self.children, self.launch.file.path, n_ctx, steps) if fits else None
+        if needed > machine.memory().usable:
+            return None
+        return HighLevel(self.children, self.launch.file.path, n_ctx, steps, self.launch.settings.threads)
 
     def _llama_cpp(self, steps: int) -> dict[str, LlamaCpp]:
         if self.tools is None or not self.tools.programs:

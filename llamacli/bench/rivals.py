@@ -44,16 +44,18 @@ class Tools:
 class HighLevel:
     """llama_cpp.Llama as its documentation shows it: with no option but the context's size. It rewrites the weights.
 
-    steps   tokens that are written for a figure
+    steps     tokens that are written for a figure
+    threads   None: as many as it takes by itself, one for every other CPU where it writes
     """
 
-    def __init__(self, children: Children, path: Path, n_ctx: int, steps: int) -> None:
+    def __init__(self, children: Children, path: Path, n_ctx: int, steps: int, threads: int | None = None) -> None:
         self._children, self._path, self._n_ctx, self._steps = children, path, n_ctx, steps
+        self._threads = str(threads or 0)
         self._process: Popen[bytes] | None = None
 
     def once(self, prompt: str, n_tokens: int) -> list[str]:
         """A one-liner, as a process of its own."""
-        return [*_PROGRAM, "once", str(self._path), prompt, str(n_tokens)]
+        return [*_PROGRAM, "once", str(self._path), self._threads, prompt, str(n_tokens)]
 
     def load(self) -> float:
         """Seconds, anew. All of these raise ChildFailed."""
@@ -73,7 +75,8 @@ class HighLevel:
 
     def _ask(self, n_prompt: int, n: int) -> dict[str, Any]:
         if self._process is None:
-            self._process = self._children.open([*_PROGRAM, "ask", str(self._path), str(self._n_ctx)])
+            command = [*_PROGRAM, "ask", str(self._path), self._threads, str(self._n_ctx)]
+            self._process = self._children.open(command)
         found: dict[str, Any] = self._children.ask(self._process, {"prompt": n_prompt, "n": n})
         return found
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from llamacli.bench.children import ChildFailed, Children
 from llamacli.bench.figures import Figure
 from llamacli.bench.ours import speed
 from llamacli.bench.plan import Probe, Wanted, plan
+from llamacli.bench.rivals import BENCH, HighLevel, LlamaCpp, Tools
+from llamacli.models import store
 from llamacli.rates import Timing
 
 FAST, SLOW = Probe(prefill=5000, step=0.001), Probe(prefill=20, step=0.4)
@@ -132,6 +135,21 @@ def test_others_are_measured_beside_ours(llamacli: Run, environment: dict[str, s
     assert any("nothing of llama.cpp: llama-bench has failed" in note for note in record["notes"])
 
 
+def test_threads_that_are_set_hold_for_the_others_too(tmp_path: Path) -> None:
+    tool = tmp_path / "llama-bench"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\necho \'[{{"avg_ts": 1.5}}]\'\n')
+    tool.chmod(0o755)
+    tools = Tools({BENCH: str(tool)})
+    for threads in (3, None):
+        high_level = HighLevel(Children(), store.bundled(), 256, 4, threads)
+        with closing(high_level):
+            assert high_level.prefill(8) > 0
+            assert len(children_of(os.getpid(), f"high_level ask {store.bundled()} {threads or 0} 256")) == 1
+        assert Children().first_byte(high_level.once("hi", 2)) > 0
+        LlamaCpp(Children(), tools, store.bundled(), repack=True, gpu_layers=0, threads=threads, steps=4).prefill(8)
+        assert ("-t 3" in (tmp_path / "told").read_text()) is (threads == 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -188,5 +206,7 @@ def test_a_signal_that_ends_it_ends_the_other_programs_too(
 
 def children_of(pid: int, wanted: str) -> list[int]:
     """The processes that one has started in whose command lines something stands."""
-    shown = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["ps", "-ww", "-o", "pid=", "-o", "args=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
     return [int(line.split()[0]) for line in shown.stdout.splitlines() if wanted in line]
