@@ -110,7 +110,11 @@ def find(directory: Path, file: ModelFile, kv_type: str, gpu_layers: int, notes:
         path = directory / wanted.filename
         return Found(read(path, wanted)[1], f"measured, see {path}", path)
     except FileNotFoundError:
-        return Found(None, "measured on another machine only, or with another version or --kv-type", directory)
+        return Found(
+            None,
+            "measured on another machine only, of another file of this name, or with another version or --kv-type",
+            directory,
+        )
     except OSError as error:
         return Found(None, f"{error.filename} cannot be read: {error.strerror}", directory)
     except Unusable as error:

@@ -98,6 +98,15 @@ def test_another_model_of_the_same_name_and_size_is_told_by_its_checksum_where_b
     assert find(tmp_path, unknown, "f16", 0, None).rates == RATES
 
 
+def test_a_file_that_has_changed_since_is_said_to_be_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "some.gguf"
+    path.write_bytes(store.bundled().read_bytes())
+    write(tmp_path / "kept", subject(ModelFile("some", path), "f16", 0, None), RATES)
+    path.write_bytes(path.read_bytes() + b"more")
+    found = find(tmp_path / "kept", ModelFile("some", path), "f16", 0, None)
+    assert found.rates is None and "another file of this name" in found.why
+
+
 def test_a_checksum_that_was_computed_later_does_not_make_it_another_model(tmp_path: Path) -> None:
     path = tmp_path / "some.gguf"
     path.write_bytes(store.bundled().read_bytes())
