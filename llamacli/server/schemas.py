@@ -278,7 +278,8 @@ def _response_format() -> Schema:
         "type": {"const": "json_schema"},
         "json_schema": _object(described, "schema", additionalProperties=_NO_OTHERS),
     }
-    return {"anyOf": [_object({"type": {"enum": ["text", "json_object"]}}), _object(by_schema)]}
+    kinds = ({"type": {"enum": ["text", "json_object"]}}, by_schema)
+    return {"anyOf": [_object(each, additionalProperties=_NO_OTHERS) for each in kinds]}
 
 
 # -- answers ----------------------------------------------------------------------------------------------------

@@ -87,6 +87,21 @@ def test_what_a_schema_wants_in_vain_is_named(schema: Any, reason: str, server: 
     assert reason in reply.json["message"]
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_object", "schema": PERSON},
+        {"type": "json_schema", "schema": PERSON, "json_schema": {"schema": PERSON}},
+        {"type": "text", "json_schema": {"schema": PERSON}},
+        {"type": "json_object", "strict": True},
+    ],
+)
+def test_a_schema_that_would_not_hold_the_answer_is_refused(wanted: dict[str, Any], server: Server) -> None:
+    reply = server.post({"prompt": "Who is it?", "response_format": wanted})
+    assert reply.status == 400
+    assert "response_format." in reply.json["message"]
+
+
 # -- function calls ----------------------------------------------------------------------------------------------
 
 
