@@ -7,7 +7,7 @@ refused by name; what has no effect on it is accepted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -177,8 +177,9 @@ def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Messa
         fields.refuse("messages", "an array with at least one message")
     systems = [callable_tools.system_prompt()] if callable_tools else []
     turns: list[Message] = []
+    called: dict[str, str] = {}
     for each in given:
-        message = _message(each)
+        message = _message(each, called)
         if message.role == "system":
             systems.append(message.content)
         elif turns and turns[-1].role == message.role:
@@ -193,16 +194,17 @@ def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Messa
     return ((Message("system", system),) if system else ()) + tuple(turns)
 
 
-def _message(fields: Fields) -> Message:
+def _message(fields: Fields, called: dict[str, str]) -> Message:
+    """called   id of an earlier call → what it called; takes up the calls of this message"""
     role = fields.choice("role", "system", "developer", "user", "assistant", "tool")
     if role is None:
         fields.refuse("role", "system, developer, user, assistant or tool")
     fields.know(["name", "refusal", "annotations", "audio"])
     calls = _earlier_calls(fields) if role == "assistant" else []
+    called |= {each.id: tools.told_apart(each, calls) for each in calls}
     content = _content(fields, is_optional=bool(calls))
     if role == "tool":
-        fields.know(["tool_call_id"])
-        content = f"The function returned: {content}"
+        content = f"The function{_caller(fields, called)} returned: {content}"
     if calls:
         content = "\n".join(part for part in (content, tools.spoken(calls)) if part)
     fields.refuse_unknown()
@@ -210,6 +212,16 @@ def _message(fields: Fields) -> Message:
         raise Failure(400, f"{fields.name('content')} is empty", param=fields.name("content"))
     names = {"developer": "system", "tool": "user"}
     return Message(names.get(role, role), content)
+
+
+def _caller(fields: Fields, called: Mapping[str, str]) -> str:
+    """Which call a result is of: those of several calls come in any order."""
+    call_id = fields.text("tool_call_id")
+    if call_id is None:
+        return ""
+    if call_id not in called:
+        fields.refuse("tool_call_id", "the id of an earlier call in the messages")
+    return f" {called[call_id]}"
 
 
 def _content(fields: Fields, *, is_optional: bool) -> str:
@@ -241,7 +253,7 @@ def _earlier_calls(fields: Fields) -> list[tools.Call]:
         arguments = function.text("arguments") if function else None
         if name is None or arguments is None:
             raise Failure(400, f"{each.name('function')} must have a name and arguments", param=each.name("function"))
-        calls.append(tools.Call(name, arguments))
+        calls.append(tools.Call(name, arguments, each.text("id") or ""))
     return calls
 
 

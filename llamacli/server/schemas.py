@@ -235,7 +235,8 @@ def _named_function() -> Schema:
 def _message() -> Schema:
     part = _object({"type": {"const": "text"}, "text": {"type": "string"}})
     content: Schema = {"anyOf": [{"type": "string"}, _array(part)]}
-    call = _object({"function": _object({"name": {"type": "string"}, "arguments": {"type": "string"}})})
+    function = _object({"name": {"type": "string"}, "arguments": {"type": "string"}})
+    call = _object({"id": _optional("string", "By which its result names it."), "function": function}, "function")
     without_effect: dict[str, Schema] = {name: {} for name in ("name", "refusal", "annotations", "audio")}
 
     def of(roles: list[str], *required: str, **more: Schema) -> Schema:
@@ -249,7 +250,7 @@ def _message() -> Schema:
             of(["system", "developer", "user"], "content"),
             of(["assistant"], "content", tool_calls={"enum": [[], None]}),
             caller,
-            of(["tool"], "content", tool_call_id={}),
+            of(["tool"], "content", tool_call_id=_optional("string", "Of an earlier call.")),
         ]
     }
 

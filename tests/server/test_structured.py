@@ -14,6 +14,10 @@ import pytest
 from conftest import Run
 from test_serve import Server, running
 
+from llamacli.engine.sequence import SamplingParams
+from llamacli.server.ask import Conversation
+from llamacli.server.openai import read_chat
+
 PERSON = {
     "type": "object",
     "properties": {
@@ -165,6 +169,37 @@ def test_the_result_of_a_call_goes_back_to_the_model(client: openai.OpenAI) -> N
     ]
     answer = client.chat.completions.create(model="tiny", messages=history, tools=[TIME], max_tokens=20)
     assert answer.usage and answer.usage.prompt_tokens > 50
+
+
+def test_a_result_is_told_with_the_call_that_it_is_of() -> None:
+    def told(*results: tuple[str, str], asked: tuple[tuple[str, str], ...]) -> str:
+        calls = [
+            {"id": name + arguments, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for name, arguments in asked
+        ]
+        history = [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            *({"role": "tool", "tool_call_id": call_id, "content": content} for call_id, content in results),
+        ]
+        (source,) = read_chat(json.dumps({"messages": history}).encode(), SamplingParams()).ask.sources
+        assert isinstance(source, Conversation)
+        return source.messages[-1].content
+
+    paris, rome, now = '{"city":"Paris"}', '{"city":"Rome"}', "{}"
+    assert told(("get_time{}", "noon"), asked=(("get_time", now),)) == "The function get_time returned: noon"
+    two = (("get_weather", paris), ("get_time", now))
+    assert told(("get_time{}", "noon"), ("get_weather" + paris, "sun"), asked=two) == (
+        "The function get_time returned: noon\n\nThe function get_weather returned: sun"
+    )
+    twice = (("get_weather", paris), ("get_weather", rome))
+    assert told(("get_weather" + rome, "rain"), asked=twice) == f"The function get_weather with {rome} returned: rain"
+
+
+def test_a_result_of_no_call_is_refused(server: Server) -> None:
+    history = [*MESSAGES, {"role": "tool", "tool_call_id": "call_9", "content": "noon"}]
+    reply = server.post({"messages": history}, "/v1/chat/completions")
+    assert reply.status == 400 and "messages[1].tool_call_id must be the id of an" in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
