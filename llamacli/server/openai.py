@@ -6,6 +6,7 @@ refused by name; what has no effect on it is accepted.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -368,6 +369,7 @@ class CompletionShape:
     request: Request
     piece_of: Piece
     _offsets: dict[int, int] = field(default_factory=dict)
+    _decoders: dict[int, codecs.IncrementalDecoder] = field(default_factory=dict)
 
     def whole(self, answers: Sequence[Answer]) -> bytes:
         choices = [
@@ -402,15 +404,15 @@ class CompletionShape:
         }
 
     def _logprobs(self, index: int, logprobs: Sequence[Logprobs]) -> dict[str, Any]:
-        tokens = [_shown(self.piece_of(each.token)) for each in logprobs]
+        decoder = self._decoders.setdefault(index, codecs.getincrementaldecoder("utf-8")("replace"))
         offsets = []
-        for token in tokens:
+        for each in logprobs:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token)
+            self._offsets[index] = offsets[-1] + len(decoder.decode(self.piece_of(each.token)))
         return {
-            "tokens": tokens,
+            "tokens": [_named(self.piece_of(each.token)) for each in logprobs],
             "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [{_shown(self.piece_of(a.token)): a.logprob for a in each.top} for each in logprobs],
+            "top_logprobs": [{_named(self.piece_of(a.token)): a.logprob for a in each.top} for each in logprobs],
             "text_offset": offsets,
         }
 
@@ -440,6 +442,14 @@ def _chat_reason(reason: FinishReason | None, *, is_call: bool) -> str | None:
 
 def _shown(piece: bytes) -> str:
     return piece.decode("utf-8", "replace")
+
+
+def _named(piece: bytes) -> str:
+    """A token as completions name it: parts of characters by their bytes, or many would go by one name."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _chat_logprobs(logprobs: Sequence[Logprobs], piece_of: Piece) -> dict[str, Any]:
