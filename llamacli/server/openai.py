@@ -84,8 +84,8 @@ def read_completion(raw: bytes, defaults: SamplingParams) -> Request:
         raise Failure(400, "echo is not supported: put the prompt before the answer yourself", param="echo")
     if fields.text("suffix"):
         raise Failure(400, "suffix is not supported: this model does not fill gaps", param="suffix")
-    if fields.integer("best_of", 1, MAX_N) not in (None, 1):
-        raise Failure(400, "best_of is not supported: ask for n answers and choose", param="best_of")
+    if fields.integer("best_of", 1, MAX_N) not in (None, fields.integer("n", 1, MAX_N) or 1):
+        raise Failure(400, "best_of is not supported, unless it is n: ask for n answers and choose", param="best_of")
     return _request(fields, sources, params, None)
 
 

@@ -205,7 +205,7 @@ def completion(defaults: SamplingParams) -> Schema:
         ),
         "echo": {"description": "Not supported.", "enum": [False, None]},
         "suffix": {"description": "Not supported.", "enum": ["", None]},
-        "best_of": {"description": "Not supported.", "enum": [1, None]},
+        "best_of": _optional("integer", "Only the number that n is.", minimum=1, maximum=openai.MAX_N),
     }
     return _object(properties | _openai(defaults), "prompt", additionalProperties=_NO_OTHERS)
 
