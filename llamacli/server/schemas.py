@@ -384,6 +384,56 @@ def errors() -> dict[str, Schema]:
     }
 
 
+def simulation() -> dict[str, Schema]:
+    """What a test tells its server, and what it hears from it: see replies.py, rules.py and recording.py."""
+    pattern = _optional("string", "A regular expression that is found in the request's body.")
+    route = _optional("string", "Only for requests to this path.")
+    reply = {
+        "text": _optional("string", "What the model says, whole or streamed as the client asks."),
+        "pieces": _optional("array", "The same, cut into events.", items={"type": "string"}),
+        "finish_reason": {"enum": ["stop", "length"], "default": "stop"},
+        "json": {"description": "A body."},
+        "body": _optional("string", "A body of another type."),
+        "events": _optional("array", "Those of a stream, JSON or text.", minItems=1),
+        "status": {"type": "integer", "minimum": 200, "maximum": 599, "default": 200},
+        "message": _optional("string", "Of an error: a status of 400 or more without a body."),
+        "retry_after": _optional("integer", "Seconds, in the header of an error."),
+        "headers": _optional("object", "More of them.", additionalProperties={"type": "string"}),
+        "content_type": _optional("string", "Of a body."),
+        "route": route,
+        "when": pattern,
+        "times": _optional("integer", "So often; else until the next one, the last one for ever.", minimum=1),
+    }
+    rule = {
+        "simulate": text("What is to happen, as in the header X-Simulate."),
+        "route": route,
+        "body": pattern,
+        "nth": {
+            "description": "Of the requests that fit, counted from 1.",
+            "anyOf": [{"type": ["integer", "null"], "minimum": 1}, _array({"type": "integer", "minimum": 1})],
+        },
+        "probability": {"type": "number", "minimum": 0, "maximum": 1, "default": 1},
+        "seed": {"description": "Of the probability."},
+        "count": _optional("integer", "No more often.", minimum=0),
+    }
+    strings: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+    sent = {
+        "method": {"type": "string"},
+        "path": {"type": "string"},
+        "query": strings,
+        "headers": strings,
+        "status": text("Of its answer; 0 while there is none.") | {"type": "integer"},
+        "body": text("In base64."),
+    }
+    return {
+        "Reply": {"type": "object", "properties": reply, "additionalProperties": False},
+        "Rule": _object(rule, "simulate", additionalProperties=False),
+        "Recording": text("JSON Lines, as --record writes them."),
+        "Heard": _object({"requests": _array(_object(sent))}),
+        "Done": _object({"status": {"const": "ok"}}),
+    }
+
+
 def components(defaults: SamplingParams) -> dict[str, Schema]:
     """All that a description refers to by name."""
     requests = {
