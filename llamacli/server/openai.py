@@ -171,7 +171,8 @@ def _is_token(value: object) -> bool:
 def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Message, ...]:
     """The conversation as Llama 2 knows it: one system prompt at most, then user and assistant in turn.
 
-    Messages of one side that follow one another are joined by an empty line, as are system prompts.
+    Messages of one side that follow one another are joined by an empty line, as are system prompts. Where several users
+    speak, each is named.
     """
     given = fields.objects("messages")
     if not given:
@@ -179,8 +180,11 @@ def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Messa
     systems = [callable_tools.system_prompt()] if callable_tools else []
     turns: list[Message] = []
     called: dict[str, str] = {}
+    users = {each.text("name") for each in given if each.take("role") == "user"}
     for each in given:
         message = _message(each, called)
+        if len(users) > 1 and each.take("role") == "user" and each.has("name"):
+            message = Message("user", f"{each.text('name')}: {message.content}")
         if message.role == "system":
             systems.append(message.content)
         elif turns and turns[-1].role == message.role:

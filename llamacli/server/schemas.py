@@ -237,10 +237,11 @@ def _message() -> Schema:
     content: Schema = {"anyOf": [{"type": "string"}, _array(part)]}
     function = _object({"name": {"type": "string"}, "arguments": {"type": "string"}})
     call = _object({"id": _optional("string", "By which its result names it."), "function": function}, "function")
-    without_effect: dict[str, Schema] = {name: {} for name in ("name", "refusal", "annotations", "audio")}
+    others: dict[str, Schema] = {name: {} for name in ("refusal", "annotations", "audio")}
+    others["name"] = _optional("string", "Of a user: told to the model where there are several.")
 
     def of(roles: list[str], *required: str, **more: Schema) -> Schema:
-        properties = {"role": {"enum": roles}, "content": content, **more, **without_effect}
+        properties = {"role": {"enum": roles}, "content": content, **more, **others}
         return _object(properties, "role", *required, additionalProperties=_NO_OTHERS)
 
     optional: Schema = {"anyOf": [*content["anyOf"], {"type": "null"}]}

@@ -171,6 +171,18 @@ def test_the_result_of_a_call_goes_back_to_the_model(client: openai.OpenAI) -> N
     assert answer.usage and answer.usage.prompt_tokens > 50
 
 
+def test_of_several_users_the_model_hears_who_says_what() -> None:
+    def heard(*names: str | None) -> str:
+        said = [{"role": "user", "content": f"word {i}", "name": name} for i, name in enumerate(names)]
+        (source,) = read_chat(json.dumps({"messages": said}).encode(), SamplingParams()).ask.sources
+        assert isinstance(source, Conversation)
+        return source.messages[-1].content
+
+    assert heard("Ann", "Ben") == "Ann: word 0\n\nBen: word 1"
+    assert heard("Ann", None) == "Ann: word 0\n\nword 1"
+    assert heard("Ann", "Ann") == heard(None, None) == "word 0\n\nword 1"
+
+
 def test_a_result_is_told_with_the_call_that_it_is_of() -> None:
     def told(*results: tuple[str, str], asked: tuple[tuple[str, str], ...]) -> str:
         calls = [
