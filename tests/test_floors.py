@@ -67,11 +67,11 @@ FLOORS = [
     ],
     ["server.log", "server.metrics", "server.service", "server.access", "server.gate", "server.answering"],
     ["server.about", "server.contract", "server.openai", "server.embeddings", "server.connection", "server.listen"],
-    ["server.schemas", "server.description", "server.samples", "server.site"],
     ["server.absent", "server.recording", "server.matching", "server.standin", "server.simulation", "server.script"],
     [
         *("server.recorder", "server.replay", "server.upstream", "server.rules", "server.replies"),
-        *("server.stage", "server.rehearsal", "server.app"),
+        *("server.stage", "server.rehearsal"),
+        *("server.schemas", "server.description", "server.samples", "server.site", "server.app"),
     ],
     ["presets.preset", "presets.library"],
     ["batch.lines", "batch.template", "batch.output", "batch.request", "batch.work"],

@@ -257,6 +257,9 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup does
+            # A terminal that closes may send it twice, from the kernel and from the shell: no reason to hurry.
+            loop.add_signal_handler(signal.SIGHUP, self._stop.set)
         serving = asyncio.ensure_future(
             self._http.serve(sockets=[self._bound, *([self._own.bound] if self._own else [])])
         )

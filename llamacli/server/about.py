@@ -20,6 +20,7 @@ class About:
     is_local   it can be called from this machine alone
     defaults   sampling where a request says nothing
     max_body   bytes
+    simulates  a test can say what is answered, under /simulation
     slots      answers that are computed at once; `queue` more may wait
     context    tokens that prompt and answer may have together; None as long as the model has not been loaded
     format     how prompts are made of messages: a prompt.Format
@@ -34,6 +35,7 @@ class About:
     slots: int
     queue: int
     state: State
+    simulates: bool = False
     context: int | None = None
     format: str | None = None
     device: str | None = None

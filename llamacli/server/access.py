@@ -42,7 +42,9 @@ class Origins:
         host = headers.get("host")
         if self._knows_its_names and host is not None and not _LOCAL_HOST.fullmatch(host):
             raise Failure(
-                403, f"the host {host[:100]!r} is not this machine: call http://localhost or http://127.0.0.1"
+                403,
+                f"the host {host[:100]!r} is not this machine: call http://localhost or http://127.0.0.1; "
+                "a proxy must send Host: localhost",
             )
         origin = headers.get("origin")
         if origin is not None and not self._admits(origin, host):

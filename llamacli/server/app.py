@@ -365,6 +365,7 @@ class App:
             slots=self._service.slots,
             queue=self._service.queue,
             state="draining" if self._service.is_draining else engine.state,
+            simulates=self._rehearsal.stage is not None,
             context=facts.n_limit if facts else None,
             format=facts.format if facts else None,
             device=facts.device if facts else None,

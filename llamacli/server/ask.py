@@ -82,14 +82,17 @@ def response_grammar(wanted: Fields | None) -> str | None:
     kind = wanted.choice("type", "text", "json_object", "json_schema")
     if kind is None:
         wanted.refuse("type", "text, json_object or json_schema")
-    if kind == "json_object":
-        return grammar.any_object()
-    if kind == "text":
-        return None
-    described = wanted.object("json_schema")
-    if described is None:
+    described = wanted.object("json_schema") if kind == "json_schema" else None
+    if kind == "json_schema" and described is None:
         wanted.refuse("json_schema", "an object with the schema")
-    return _grammar_of(described)
+    if wanted.has("schema"):
+        where = wanted.name("schema")
+        form = '{"type": "json_schema", "json_schema": {"schema": {...}}}'
+        raise Failure(400, f"{where} is not where a schema goes: send {form}", param=where)
+    wanted.refuse_unknown()
+    if described is not None:
+        return _grammar_of(described)
+    return grammar.any_object() if kind == "json_object" else None
 
 
 def _grammar_of(described: Fields) -> str:

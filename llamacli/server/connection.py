@@ -310,6 +310,8 @@ class Connection(asyncio.Protocol):
             scope["refusal"] = Failure(505, f"HTTP/{version} is not spoken here: use HTTP/1.1")
         elif len(headers) > MAX_HEADERS:
             scope["refusal"] = _too_many_headers()
+        elif (name := _told_twice(headers)) is not None:
+            scope["refusal"] = Failure(400, f"the header {name} comes more than once: which one counts is not clear")
         keeps_alive = bool(parser.should_keep_alive()) and "refusal" not in scope
         expects = version == "1.1" and (b"expect", b"100-continue") in [(n, v.lower()) for n, v in headers]
         self._arriving = Turn(self, scope, keeps_alive=keeps_alive, awaits_continue=expects)
@@ -441,6 +443,12 @@ class Connection(asyncio.Protocol):
 
 def _not_http(error: httptools.HttpParserError) -> Failure:
     return Failure(400, f"the request is not HTTP: {error}")
+
+
+def _told_twice(headers: list[tuple[bytes, bytes]]) -> str | None:
+    """Of the headers that say who calls whom (RFC 9112, 3.2): a proxy may go by one, and we by the other."""
+    names = [name for name, _ in headers]
+    return next((name.decode() for name in (b"host", b"origin") if names.count(name) > 1), None)
 
 
 def _too_many_headers() -> Failure:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamacli import __version__
-from llamacli.server import access, contract, failure
+from llamacli.server import access, contract, failure, schemas
 from llamacli.server.about import About
 from llamacli.server.exchange import EVENTS, JSON
 from llamacli.server.metrics import CONTENT_TYPE as METRICS_TYPE
+from llamacli.server.recording import FORMAT, VERSION
 from llamacli.server.schemas import Schema, components, ref
+from llamacli.server.stage import PREFIX
 
+PLAIN = "text/plain"
 HTML = "text/html; charset=utf-8"
 
 
@@ -76,7 +79,7 @@ _TRACE_HEADER = {"X-Trace-Id": {"$ref": "#/components/headers/TraceId"}}
 class Operation:
     """A method of a route.
 
-    request     name of the body's schema
+    request     name of the body's schema; `media` is the body's content type
     answers     content type → schema, of status 200
     problems    statuses besides those that every route may answer with
     """
@@ -88,7 +91,8 @@ class Operation:
     tag: str
     answers: Mapping[str, Schema]
     request: str | None = None
-    example: Mapping[str, object] | None = None
+    example: object = None
+    media: str = JSON
     problems: Sequence[int] = ()
     is_open: bool = False
 
@@ -107,7 +111,7 @@ def _stream(piece: Schema) -> Schema:
     }
 
 
-_LLAMA2, _OPENAI, _SERVER = "Llama 2 API", "OpenAI API", "Server"
+_LLAMA2, _OPENAI, _SERVER, _SIMULATION = "Llama 2 API", "OpenAI API", "Server", "Simulation"
 _EXAMPLE = {"prompt": "Tell me about llama2", "system prompt": "You are a Llama 2 expert", "max_tokens": 100}
 
 
@@ -230,6 +234,52 @@ def operations(about: About) -> list[Operation]:
             answers={HTML: text},
             is_open=True,
         ),
+        *(_simulation() if about.simulates else ()),
+    ]
+
+
+def _simulation() -> list[Operation]:
+    """What a test does with its server (--allow-simulation)."""
+    recorded = f'{{"format": "{FORMAT}", "version": {VERSION}}}\n'
+    told = [
+        ("reply", "replies", "Put an answer ready", "Reply", JSON, {"text": "Llama 2 is a family of models."}),
+        ("simulate", "rules", "Let requests fail", "Rule", JSON, {"simulate": "status=429, retry-after=2", "count": 1}),
+        ("replay", "recording", "Answer from a recording", "Recording", PLAIN, recorded),
+    ]
+    return [
+        *(
+            Operation(
+                method="post",
+                path=f"{PREFIX}/{path}",
+                id=name,
+                summary=summary,
+                tag=_SIMULATION,
+                request=request,
+                media=media,
+                example=example,
+                answers={JSON: ref("Done")},
+                problems=(400, 401, 408, 413),
+            )
+            for name, path, summary, request, media, example in told
+        ),
+        Operation(
+            method="get",
+            path=f"{PREFIX}/requests",
+            id="heard",
+            summary="What clients have sent",
+            tag=_SIMULATION,
+            answers={JSON: ref("Heard")},
+            problems=(401,),
+        ),
+        Operation(
+            method="delete",
+            path=PREFIX,
+            id="forget",
+            summary="Begin anew",
+            tag=_SIMULATION,
+            answers={JSON: ref("Done")},
+            problems=(401,),
+        ),
     ]
 
 
@@ -252,10 +302,10 @@ def describe(about: About) -> dict[str, Any]:
         },
         "servers": [{"url": about.url}],
         "security": keys if about.needs_key else [{}, *keys],
-        "tags": [{"name": name} for name in (_LLAMA2, _OPENAI, _SERVER)],
+        "tags": [{"name": name} for name in dict.fromkeys(each.tag for each in operations(about))],
         "paths": paths,
         "components": {
-            "schemas": components(about.defaults),
+            "schemas": components(about.defaults) | (schemas.simulation() if about.simulates else {}),
             "responses": {
                 name + problem.name: _problem(status, problem, schema)
                 for name, schema in (("", "Error"), ("OpenAI", "OpenAIError"))
@@ -285,7 +335,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     found: dict[str, Any] = {"operationId": operation.id, "summary": operation.summary, "tags": [operation.tag]}
     if operation.request:
         content = {"schema": ref(operation.request), "example": operation.example}
-        found["requestBody"] = {"required": True, "content": {JSON: content}}
+        found["requestBody"] = {"required": True, "content": {operation.media: content}}
     if "{model}" in operation.path:
         found["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     if operation.is_open:

@@ -6,8 +6,9 @@ refused by name; what has no effect on it is accepted.
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,8 +84,8 @@ def read_completion(raw: bytes, defaults: SamplingParams) -> Request:
         raise Failure(400, "echo is not supported: put the prompt before the answer yourself", param="echo")
     if fields.text("suffix"):
         raise Failure(400, "suffix is not supported: this model does not fill gaps", param="suffix")
-    if fields.integer("best_of", 1, MAX_N) not in (None, 1):
-        raise Failure(400, "best_of is not supported: ask for n answers and choose", param="best_of")
+    if fields.integer("best_of", 1, MAX_N) not in (None, fields.integer("n", 1, MAX_N) or 1):
+        raise Failure(400, "best_of is not supported, unless it is n: ask for n answers and choose", param="best_of")
     return _request(fields, sources, params, None)
 
 
@@ -170,15 +171,20 @@ def _is_token(value: object) -> bool:
 def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Message, ...]:
     """The conversation as Llama 2 knows it: one system prompt at most, then user and assistant in turn.
 
-    Messages of one side that follow one another are joined by an empty line, as are system prompts.
+    Messages of one side that follow one another are joined by an empty line, as are system prompts. Where several users
+    speak, each is named.
     """
     given = fields.objects("messages")
     if not given:
         fields.refuse("messages", "an array with at least one message")
     systems = [callable_tools.system_prompt()] if callable_tools else []
     turns: list[Message] = []
+    called: dict[str, str] = {}
+    users = {each.text("name") for each in given if each.take("role") == "user"}
     for each in given:
-        message = _message(each)
+        message = _message(each, called)
+        if len(users) > 1 and each.take("role") == "user" and each.has("name"):
+            message = Message("user", f"{each.text('name')}: {message.content}")
         if message.role == "system":
             systems.append(message.content)
         elif turns and turns[-1].role == message.role:
@@ -193,16 +199,17 @@ def _messages(fields: Fields, callable_tools: tools.Tools | None) -> tuple[Messa
     return ((Message("system", system),) if system else ()) + tuple(turns)
 
 
-def _message(fields: Fields) -> Message:
+def _message(fields: Fields, called: dict[str, str]) -> Message:
+    """called   id of an earlier call → what it called; takes up the calls of this message"""
     role = fields.choice("role", "system", "developer", "user", "assistant", "tool")
     if role is None:
         fields.refuse("role", "system, developer, user, assistant or tool")
     fields.know(["name", "refusal", "annotations", "audio"])
     calls = _earlier_calls(fields) if role == "assistant" else []
+    called |= {each.id: tools.told_apart(each, calls) for each in calls}
     content = _content(fields, is_optional=bool(calls))
     if role == "tool":
-        fields.know(["tool_call_id"])
-        content = f"The function returned: {content}"
+        content = f"The function{_caller(fields, called)} returned: {content}"
     if calls:
         content = "\n".join(part for part in (content, tools.spoken(calls)) if part)
     fields.refuse_unknown()
@@ -210,6 +217,16 @@ def _message(fields: Fields) -> Message:
         raise Failure(400, f"{fields.name('content')} is empty", param=fields.name("content"))
     names = {"developer": "system", "tool": "user"}
     return Message(names.get(role, role), content)
+
+
+def _caller(fields: Fields, called: Mapping[str, str]) -> str:
+    """Which call a result is of: those of several calls come in any order."""
+    call_id = fields.text("tool_call_id")
+    if call_id is None:
+        return ""
+    if call_id not in called:
+        fields.refuse("tool_call_id", "the id of an earlier call in the messages")
+    return f" {called[call_id]}"
 
 
 def _content(fields: Fields, *, is_optional: bool) -> str:
@@ -241,7 +258,7 @@ def _earlier_calls(fields: Fields) -> list[tools.Call]:
         arguments = function.text("arguments") if function else None
         if name is None or arguments is None:
             raise Failure(400, f"{each.name('function')} must have a name and arguments", param=each.name("function"))
-        calls.append(tools.Call(name, arguments))
+        calls.append(tools.Call(name, arguments, each.text("id") or ""))
     return calls
 
 
@@ -356,6 +373,7 @@ class CompletionShape:
     request: Request
     piece_of: Piece
     _offsets: dict[int, int] = field(default_factory=dict)
+    _decoders: dict[int, codecs.IncrementalDecoder] = field(default_factory=dict)
 
     def whole(self, answers: Sequence[Answer]) -> bytes:
         choices = [
@@ -390,15 +408,15 @@ class CompletionShape:
         }
 
     def _logprobs(self, index: int, logprobs: Sequence[Logprobs]) -> dict[str, Any]:
-        tokens = [_shown(self.piece_of(each.token)) for each in logprobs]
+        decoder = self._decoders.setdefault(index, codecs.getincrementaldecoder("utf-8")("replace"))
         offsets = []
-        for token in tokens:
+        for each in logprobs:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token)
+            self._offsets[index] = offsets[-1] + len(decoder.decode(self.piece_of(each.token)))
         return {
-            "tokens": tokens,
+            "tokens": [_named(self.piece_of(each.token)) for each in logprobs],
             "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [{_shown(self.piece_of(a.token)): a.logprob for a in each.top} for each in logprobs],
+            "top_logprobs": [{_named(self.piece_of(a.token)): a.logprob for a in each.top} for each in logprobs],
             "text_offset": offsets,
         }
 
@@ -428,6 +446,14 @@ def _chat_reason(reason: FinishReason | None, *, is_call: bool) -> str | None:
 
 def _shown(piece: bytes) -> str:
     return piece.decode("utf-8", "replace")
+
+
+def _named(piece: bytes) -> str:
+    """A token as completions name it: parts of characters by their bytes, or many would go by one name."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _chat_logprobs(logprobs: Sequence[Logprobs], piece_of: Piece) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def completion(defaults: SamplingParams) -> Schema:
         ),
         "echo": {"description": "Not supported.", "enum": [False, None]},
         "suffix": {"description": "Not supported.", "enum": ["", None]},
-        "best_of": {"description": "Not supported.", "enum": [1, None]},
+        "best_of": _optional("integer", "Only the number that n is.", minimum=1, maximum=openai.MAX_N),
     }
     return _object(properties | _openai(defaults), "prompt", additionalProperties=_NO_OTHERS)
 
@@ -235,11 +235,13 @@ def _named_function() -> Schema:
 def _message() -> Schema:
     part = _object({"type": {"const": "text"}, "text": {"type": "string"}})
     content: Schema = {"anyOf": [{"type": "string"}, _array(part)]}
-    call = _object({"function": _object({"name": {"type": "string"}, "arguments": {"type": "string"}})})
-    without_effect: dict[str, Schema] = {name: {} for name in ("name", "refusal", "annotations", "audio")}
+    function = _object({"name": {"type": "string"}, "arguments": {"type": "string"}})
+    call = _object({"id": _optional("string", "By which its result names it."), "function": function}, "function")
+    others: dict[str, Schema] = {name: {} for name in ("refusal", "annotations", "audio")}
+    others["name"] = _optional("string", "Of a user: told to the model where there are several.")
 
     def of(roles: list[str], *required: str, **more: Schema) -> Schema:
-        properties = {"role": {"enum": roles}, "content": content, **more, **without_effect}
+        properties = {"role": {"enum": roles}, "content": content, **more, **others}
         return _object(properties, "role", *required, additionalProperties=_NO_OTHERS)
 
     optional: Schema = {"anyOf": [*content["anyOf"], {"type": "null"}]}
@@ -249,7 +251,7 @@ def _message() -> Schema:
             of(["system", "developer", "user"], "content"),
             of(["assistant"], "content", tool_calls={"enum": [[], None]}),
             caller,
-            of(["tool"], "content", tool_call_id={}),
+            of(["tool"], "content", tool_call_id=_optional("string", "Of an earlier call.")),
         ]
     }
 
@@ -278,7 +280,8 @@ def _response_format() -> Schema:
         "type": {"const": "json_schema"},
         "json_schema": _object(described, "schema", additionalProperties=_NO_OTHERS),
     }
-    return {"anyOf": [_object({"type": {"enum": ["text", "json_object"]}}), _object(by_schema)]}
+    kinds = ({"type": {"enum": ["text", "json_object"]}}, by_schema)
+    return {"anyOf": [_object(each, additionalProperties=_NO_OTHERS) for each in kinds]}
 
 
 # -- answers ----------------------------------------------------------------------------------------------------
@@ -379,6 +382,56 @@ def errors() -> dict[str, Schema]:
     return {
         "Error": _object({"code": code, "message": told, "traceId": _TRACE}, additionalProperties=False),
         "OpenAIError": _object({"error": _object(inner)}),
+    }
+
+
+def simulation() -> dict[str, Schema]:
+    """What a test tells its server, and what it hears from it: see replies.py, rules.py and recording.py."""
+    pattern = _optional("string", "A regular expression that is found in the request's body.")
+    route = _optional("string", "Only for requests to this path.")
+    reply = {
+        "text": _optional("string", "What the model says, whole or streamed as the client asks."),
+        "pieces": _optional("array", "The same, cut into events.", items={"type": "string"}),
+        "finish_reason": {"enum": ["stop", "length"], "default": "stop"},
+        "json": {"description": "A body."},
+        "body": _optional("string", "A body of another type."),
+        "events": _optional("array", "Those of a stream, JSON or text.", minItems=1),
+        "status": {"type": "integer", "minimum": 200, "maximum": 599, "default": 200},
+        "message": _optional("string", "Of an error: a status of 400 or more without a body."),
+        "retry_after": _optional("integer", "Seconds, in the header of an error."),
+        "headers": _optional("object", "More of them.", additionalProperties={"type": "string"}),
+        "content_type": _optional("string", "Of a body."),
+        "route": route,
+        "when": pattern,
+        "times": _optional("integer", "So often; else until the next one, the last one for ever.", minimum=1),
+    }
+    rule = {
+        "simulate": text("What is to happen, as in the header X-Simulate."),
+        "route": route,
+        "body": pattern,
+        "nth": {
+            "description": "Of the requests that fit, counted from 1.",
+            "anyOf": [{"type": ["integer", "null"], "minimum": 1}, _array({"type": "integer", "minimum": 1})],
+        },
+        "probability": {"type": "number", "minimum": 0, "maximum": 1, "default": 1},
+        "seed": {"description": "Of the probability."},
+        "count": _optional("integer", "No more often.", minimum=0),
+    }
+    strings: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+    sent = {
+        "method": {"type": "string"},
+        "path": {"type": "string"},
+        "query": strings,
+        "headers": strings,
+        "status": text("Of its answer; 0 while there is none.") | {"type": "integer"},
+        "body": text("In base64."),
+    }
+    return {
+        "Reply": {"type": "object", "properties": reply, "additionalProperties": False},
+        "Rule": _object(rule, "simulate", additionalProperties=False),
+        "Recording": text("JSON Lines, as --record writes them."),
+        "Heard": _object({"requests": _array(_object(sent))}),
+        "Done": _object({"status": {"const": "ok"}}),
     }
 
 

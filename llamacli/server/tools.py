@@ -113,8 +113,11 @@ def _chosen(choice: Fields) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Call:
+    """`id` is the client's name for an earlier call."""
+
     name: str
     arguments: str
+    id: str = ""
 
 
 def call_in(text: str, *, is_cut: bool) -> Call | None:
@@ -159,6 +162,12 @@ class CallReader:
         ready = self._held[:-1]  # the last bracket closes the call, not the arguments
         self._held = self._held[-1:]
         return "", ready
+
+
+def told_apart(call: Call, calls: Sequence[Call]) -> str:
+    """What a call is called among those of its message."""
+    is_alone = sum(each.name == call.name for each in calls) == 1
+    return call.name if is_alone else f"{call.name} with {call.arguments}"
 
 
 def spoken(calls: Sequence[Call]) -> str:

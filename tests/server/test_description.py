@@ -15,6 +15,7 @@ from test_serve import Server, running
 
 from llamacli.server import ask, embeddings, openai
 from llamacli.server.description import PROBLEMS
+from llamacli.server.stage import ROUTES
 
 KEY = "testing"
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
@@ -30,14 +31,21 @@ OPTIONS = [
 ]
 
 
-def check(server: Server, place: Path, *options: str) -> None:
+def check(server: Server, place: Path, *options: str, tested: str = "1[23]") -> None:
     command = [str(SCHEMATHESIS), "run", f"{server.url}/openapi.json", "-H", f"Ocp-Apim-Subscription-Key: {KEY}"]
     environment = os.environ | {"no_proxy": "*", "PYTHONUTF8": "1"}
     done = subprocess.run(
         [*command, *OPTIONS, *options], cwd=place, env=environment, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"Tested: 1[23]\n", done.stdout), "of all operations"
+    assert re.search(rf"Tested: {tested}\n", done.stdout), "of all operations"
+
+
+def test_a_server_for_tests_does_what_its_description_says_of_simulation(tmp_path: Path) -> None:
+    with running(environment_at(tmp_path), "-q", "--api-key", KEY, "--allow-simulation") as server:
+        assert "/simulation" in described(server)["paths"]
+        options = ["--include-path-regex", "^/simulation", "--phases", "examples,fuzzing", "-n", "30"]
+        check(server, tmp_path, *options, tested="5")
 
 
 def described(server: Server, **headers: str) -> Any:
@@ -75,11 +83,13 @@ def test_the_description_has_the_limits_of_the_code_and_the_server_s_own_url(tmp
         assert statuses - {200} == set(PROBLEMS) - {405}, "405 is for methods that are not described"
 
 
-def test_every_route_is_described_and_every_described_route_is_there(tmp_path: Path) -> None:
-    with running(environment_at(tmp_path), "-q") as server:
+@pytest.mark.parametrize("options", [[], ["--allow-simulation"]])
+def test_every_route_is_described_and_every_described_route_is_there(options: list[str], tmp_path: Path) -> None:
+    with running(environment_at(tmp_path), "-q", *options) as server:
         paths = described(server)["paths"]
+        assert {path for path in paths if path.startswith("/simulation")} == (set(ROUTES) if options else set())
         assert {"/", "/v1/getData", "/llama-2/v1/getData", "/v1/embeddings", "/metrics", "/openapi.json"} <= set(paths)
         for path, methods in paths.items():
-            other = server.request("DELETE", path.replace("{model}", "tiny"))
+            other = server.request("PUT", path.replace("{model}", "tiny"))
             assert other.status == 405
             assert other.headers["allow"].lower().split(", ") == sorted(methods)

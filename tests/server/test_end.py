@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from pathlib import Path
 
 import pytest
-from test_serve import ENDLESS, Reply, begun, running, wait_for
+from conftest import PROGRAM
+from test_serve import ENDLESS, Reply, begun, running, started, wait_for
 
 
 def test_an_answer_that_outlasts_the_grace_period_ends_with_an_error(environment: dict[str, str]) -> None:
@@ -37,8 +39,31 @@ def test_a_second_signal_stops_at_once_and_says_so_to_who_waits(environment: dic
     assert reply.status == 503 and int(reply.headers["retry-after"]) > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_idle_server_ends_at_once(environment: dict[str, str], number: signal.Signals) -> None:
-    with running(environment) as ending:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_idle_server_ends_at_once(environment: dict[str, str], number: signal.Signals, tmp_path: Path) -> None:
+    ready_file = tmp_path / "ready.json"
+    with running(environment, "--ready-file", str(ready_file)) as ending:
+        wait_for(ready_file.exists)
         ending.process.send_signal(number)
         assert ending.process.wait(20) == 0
+    assert not ready_file.exists()
+
+
+def test_a_terminal_that_closes_twice_lets_answers_finish(environment: dict[str, str]) -> None:
+    with running(environment) as ending, begun(ending) as connection:
+        for _ in range(2):
+            ending.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: ending.request("GET", "/ready").status == 503)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+        assert b"data: [DONE]" in received
+        assert ending.process.wait(20) == 0
+
+
+def test_under_nohup_a_server_stays_when_the_terminal_goes(environment: dict[str, str]) -> None:
+    nohup = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]
+    with started([*nohup, *PROGRAM, "serve", "--port", "0"], environment) as staying:
+        staying.process.send_signal(signal.SIGHUP)
+        assert staying.post({"prompt": "hi", "max_tokens": 1}).status == 200
+        staying.end()

@@ -343,6 +343,8 @@ def test_a_client_that_asks_first_is_told_to_go_on_or_not_to(server: Server) -> 
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n folded\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX : a\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\norigin: http://localhost\r\n\r\n", 400),
         (b"GET /health\r\n\r\n", 505),
         (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", 505),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),

@@ -281,6 +281,28 @@ def test_the_openai_client_completes(client: openai.OpenAI) -> None:
     assert done.choices[0].logprobs is not None and len(done.choices[0].logprobs.tokens or []) == 4
 
 
+def test_parts_of_a_character_are_told_apart_and_where_they_stand(client: openai.OpenAI) -> None:
+    held = {"type": "json_schema", "json_schema": {"schema": {"enum": ["🦙 it is"]}}}
+    done = client.completions.create(model="tiny", prompt="hi", logprobs=20, extra_body={"response_format": held})
+    text, logprobs = done.choices[0].text, done.choices[0].logprobs
+    assert json.loads(text) == "🦙 it is" and logprobs is not None
+    tokens, offsets = logprobs.tokens or [], logprobs.text_offset or []
+    assert [each for each in tokens if each.startswith("bytes:")] == [
+        *(r"bytes:\xf0", r"bytes:\x9f", r"bytes:\xa6", r"bytes:\x99")
+    ]
+    after = tokens.index(r"bytes:\x99") + 1
+    assert all(text[at:].startswith(token) for token, at in zip(tokens[after:], offsets[after:], strict=True))
+    assert all(len(each) == 20 for each in logprobs.top_logprobs or [])
+
+
+def test_as_many_answers_as_are_wanted_are_the_best_of_themselves(client: openai.OpenAI) -> None:
+    done = client.completions.create(model="tiny", prompt="hi", n=2, best_of=2, max_tokens=1)
+    assert len(done.choices) == 2
+    for best_of in (1, 3):
+        with pytest.raises(openai.BadRequestError, match="ask for n answers and choose"):
+            client.completions.create(model="tiny", prompt="hi", n=2, best_of=best_of, max_tokens=1)
+
+
 def test_json_objects_parse(client: openai.OpenAI) -> None:
     for seed in range(3):
         done = client.chat.completions.create(

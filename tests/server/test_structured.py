@@ -14,6 +14,10 @@ import pytest
 from conftest import Run
 from test_serve import Server, running
 
+from llamacli.engine.sequence import SamplingParams
+from llamacli.server.ask import Conversation
+from llamacli.server.openai import read_chat
+
 PERSON = {
     "type": "object",
     "properties": {
@@ -87,6 +91,21 @@ def test_what_a_schema_wants_in_vain_is_named(schema: Any, reason: str, server: 
     assert reason in reply.json["message"]
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_object", "schema": PERSON},
+        {"type": "json_schema", "schema": PERSON, "json_schema": {"schema": PERSON}},
+        {"type": "text", "json_schema": {"schema": PERSON}},
+        {"type": "json_object", "strict": True},
+    ],
+)
+def test_a_schema_that_would_not_hold_the_answer_is_refused(wanted: dict[str, Any], server: Server) -> None:
+    reply = server.post({"prompt": "Who is it?", "response_format": wanted})
+    assert reply.status == 400
+    assert "response_format." in reply.json["message"]
+
+
 # -- function calls ----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +169,49 @@ def test_the_result_of_a_call_goes_back_to_the_model(client: openai.OpenAI) -> N
     ]
     answer = client.chat.completions.create(model="tiny", messages=history, tools=[TIME], max_tokens=20)
     assert answer.usage and answer.usage.prompt_tokens > 50
+
+
+def test_of_several_users_the_model_hears_who_says_what() -> None:
+    def heard(*names: str | None) -> str:
+        said = [{"role": "user", "content": f"word {i}", "name": name} for i, name in enumerate(names)]
+        (source,) = read_chat(json.dumps({"messages": said}).encode(), SamplingParams()).ask.sources
+        assert isinstance(source, Conversation)
+        return source.messages[-1].content
+
+    assert heard("Ann", "Ben") == "Ann: word 0\n\nBen: word 1"
+    assert heard("Ann", None) == "Ann: word 0\n\nword 1"
+    assert heard("Ann", "Ann") == heard(None, None) == "word 0\n\nword 1"
+
+
+def test_a_result_is_told_with_the_call_that_it_is_of() -> None:
+    def told(*results: tuple[str, str], asked: tuple[tuple[str, str], ...]) -> str:
+        calls = [
+            {"id": name + arguments, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for name, arguments in asked
+        ]
+        history = [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            *({"role": "tool", "tool_call_id": call_id, "content": content} for call_id, content in results),
+        ]
+        (source,) = read_chat(json.dumps({"messages": history}).encode(), SamplingParams()).ask.sources
+        assert isinstance(source, Conversation)
+        return source.messages[-1].content
+
+    paris, rome, now = '{"city":"Paris"}', '{"city":"Rome"}', "{}"
+    assert told(("get_time{}", "noon"), asked=(("get_time", now),)) == "The function get_time returned: noon"
+    two = (("get_weather", paris), ("get_time", now))
+    assert told(("get_time{}", "noon"), ("get_weather" + paris, "sun"), asked=two) == (
+        "The function get_time returned: noon\n\nThe function get_weather returned: sun"
+    )
+    twice = (("get_weather", paris), ("get_weather", rome))
+    assert told(("get_weather" + rome, "rain"), asked=twice) == f"The function get_weather with {rome} returned: rain"
+
+
+def test_a_result_of_no_call_is_refused(server: Server) -> None:
+    history = [*MESSAGES, {"role": "tool", "tool_call_id": "call_9", "content": "noon"}]
+    reply = server.post({"messages": history}, "/v1/chat/completions")
+    assert reply.status == 400 and "messages[1].tool_call_id must be the id of an" in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize(
