@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 
@@ -42,3 +43,20 @@ def test_an_idle_server_ends_at_once(environment: dict[str, str], number: signal
     with running(environment) as ending:
         ending.process.send_signal(number)
         assert ending.process.wait(20) == 0
+
+
+def test_a_server_may_end_with_the_program_that_holds_its_stdin(environment: dict[str, str]) -> None:
+    """In order, as with a signal: what is being written is finished. What comes through the pipe means nothing."""
+    ours, theirs = os.pipe()
+    try:
+        with running(environment, "--until-eof", "--grace", "0.1", stdin=ours) as ending, begun(ending) as connection:
+            os.write(theirs, b"anything\n")
+            assert ending.request("GET", "/ready").status == 200
+            os.close(theirs)
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+            assert ending.process.wait(20) == 0
+    finally:
+        os.close(ours)
+    assert json.loads(received.rpartition(b"data: ")[2].partition(b"\n")[0])["code"] == 503
