@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamacli.commands import rehearsal
+from llamacli.commands import rehearsal, terminal
 from llamacli.commands.ready_file import ReadyFile
 from llamacli.commands.rehearsal import Rehearsing
 from llamacli.config import Directories, Settings
@@ -54,6 +54,7 @@ class Wishes:
     repack     auto, on or off: whether the weights are rewritten for this CPU
     patience   with clients
     ready_file   is written when requests can come
+    until_eof    ends with stdin, as with a signal
     testing    what is different for tests of clients
     """
 
@@ -70,6 +71,7 @@ class Wishes:
     repack: str = "auto"
     patience: Patience = field(default_factory=Patience)
     ready_file: Path | None = None
+    until_eof: bool = False
     testing: rehearsal.Wishes = field(default_factory=rehearsal.Wishes)
 
     def __post_init__(self) -> None:
@@ -105,6 +107,8 @@ def run(settings: Settings, wishes: Wishes, places: Directories) -> int:
     """Serve until a signal ends it. Returns the exit code. Raises LlamacliError before anything is loaded."""
     if settings.quiet and settings.verbose:
         raise UsageError("--quiet and --verbose contradict each other")
+    if wishes.until_eof and not terminal.stdin_is_connected():
+        raise UsageError("--until-eof needs a pipe or a socket on standard input, held open by another program")
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that goes away must not take us along
     log = Log(sys.stderr, as_json=not sys.stderr.isatty(), quiet=settings.quiet)
     logging.getLogger().addHandler(Relay(log))
@@ -260,6 +264,8 @@ class _Server:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup does
             # A terminal that closes may send it twice, from the kernel and from the shell: no reason to hurry.
             loop.add_signal_handler(signal.SIGHUP, self._stop.set)
+        if self._wishes.until_eof:
+            self._watch_stdin(loop)
         serving = asyncio.ensure_future(
             self._http.serve(sockets=[self._bound, *([self._own.bound] if self._own else [])])
         )
@@ -307,6 +313,16 @@ class _Server:
         self._stop.set()
         if self._is_urgent:
             self._service.hurry()
+
+    def _watch_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End when whoever holds the other end of stdin lets go of it, killed or not."""
+
+        def read() -> None:
+            if not os.read(terminal.STDIN, 1 << 16):
+                loop.remove_reader(terminal.STDIN)
+                self._stop.set()
+
+        loop.add_reader(terminal.STDIN, read)
 
     def _announce(self) -> None:
         facts = self._engine.facts

@@ -54,6 +54,7 @@ def serve(
     quiet: Annotated[bool | None, typer.Option("-q", "--quiet", help="No access log.")] = None,
     verbose: options.VerboseSetting = None,
     ready_file: testing_options.ReadyFile = None,
+    until_eof: testing_options.UntilEof = False,
     deterministic: testing_options.Deterministic = False,
     record: testing_options.Record = None,
     replay: testing_options.Replay = None,
@@ -98,6 +99,7 @@ def serve(
         repack=repack,
         patience=Patience(headers=headers_timeout, body=body_timeout, reading=reading_timeout),
         ready_file=Path(ready_file) if ready_file else None,
+        until_eof=until_eof,
         testing=testing,
     )
     return command.run(resolved(flags).settings, wishes, directories(os.environ))

@@ -150,6 +150,12 @@ def stdin_is_pipe() -> bool:
     return not stat.S_ISCHR(os.fstat(STDIN).st_mode)
 
 
+def stdin_is_connected() -> bool:
+    """Whether another program may hold its other end, which it lets go of when it ends."""
+    mode = os.fstat(STDIN).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
 def read_stdin(notices: Notices) -> str:
     """Everything on stdin as text, without the newlines at its end (as in a shell's `$(...)`).
 

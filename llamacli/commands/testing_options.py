@@ -9,6 +9,9 @@ import typer
 ReadyFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="Write URL and key here, as JSON, when requests can come.")
 ]
+UntilEof = Annotated[
+    bool, typer.Option("--until-eof", help="End when stdin does: the program that holds its other end is gone.")
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="The same requests get the same bytes, one answer at a time.")
 ]

@@ -31,11 +31,12 @@ def running(source: str, root: Path, place: Path) -> Iterator[Llama2Api]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLI_")}
     environment = kept | {"LLAMACLI_HOME": str(place / "home"), "LLAMACLI_API_KEY": key}
     ready, log = place / "ready.json", place / "server.log"
-    options = ["--port", "0", "--ready-file", str(ready), "--allow-simulation", "--grace", "0"]
+    # Its stdin is a pipe that nobody but us holds: killed, we take it along.
+    options = ["--port", "0", "--ready-file", str(ready), "--until-eof", "--allow-simulation", "--grace", "0"]
     # -P: a module of the project under test must not take the place of one that the server needs.
     command = [sys.executable, "-P", "-m", "llamacli", "serve", *options, *_source(source, root, place)]
     with log.open("wb") as stderr:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr)
     try:
         yield Llama2Api(_url(process, ready, log), key)
     finally:
@@ -45,6 +46,8 @@ def running(source: str, root: Path, place: Path) -> Iterator[Llama2Api]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def _source(source: str, root: Path, place: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -67,3 +68,20 @@ def test_under_nohup_a_server_stays_when_the_terminal_goes(environment: dict[str
         staying.process.send_signal(signal.SIGHUP)
         assert staying.post({"prompt": "hi", "max_tokens": 1}).status == 200
         staying.end()
+
+
+def test_a_server_may_end_with_the_program_that_holds_its_stdin(environment: dict[str, str]) -> None:
+    """In order, as with a signal: what is being written is finished. What comes through the pipe means nothing."""
+    ours, theirs = os.pipe()
+    try:
+        with running(environment, "--until-eof", "--grace", "0.1", stdin=ours) as ending, begun(ending) as connection:
+            os.write(theirs, b"anything\n")
+            assert ending.request("GET", "/ready").status == 200
+            os.close(theirs)
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+            assert ending.process.wait(20) == 0
+    finally:
+        os.close(ours)
+    assert json.loads(received.rpartition(b"data: ")[2].partition(b"\n")[0])["code"] == 503

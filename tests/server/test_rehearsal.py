@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import PROGRAM, Run
+from raw import eventually
 from test_serve import QUESTION, Server, running
 
 from llamacli.remote.post import MAX_BODY
@@ -500,6 +501,7 @@ def test_a_ready_file_says_where_and_with_which_key_and_goes_with_the_server(
         (["--upstream", "ftp://x"], "--upstream must be an address like"),
         (["--upstream", "http://me:pw@x"], "give the key as LLAMACLI_UPSTREAM_KEY"),
         (["--ready-file", "{place}/no/ready.json"], "no/ready.json cannot be written: No such file"),
+        (["--until-eof"], "--until-eof needs a pipe or a socket on standard input"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_two(
@@ -520,6 +522,28 @@ def test_the_plugin_imports_nothing_until_the_fixture_is_used() -> None:
     code = "import pytest, sys; old = set(sys.modules); import llamacli.testing.plugin; print(*set(sys.modules) - old)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert set(done.stdout.split()) == {"llamacli", "llamacli.testing", "llamacli.testing.plugin"}
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from llamacli.testing.process import running
+place = Path(sys.argv[1])
+with running("none", place, place) as api:
+    print(api.url, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_pytest_takes_its_server_along(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD, str(tmp_path)], stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://")
+        pid = int(json.loads((tmp_path / "ready.json").read_text())["pid"])
+        process.kill()
+    eventually(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_the_tiny_model_answers_behind_the_fixture(llama2_api: Llama2Api) -> None:

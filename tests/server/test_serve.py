@@ -70,13 +70,13 @@ class Server:
         return [json.loads(line) for line in lines]
 
 
-def running(environment: dict[str, str], *options: str) -> AbstractContextManager[Server]:
-    return started([*PROGRAM, "serve", "--port", "0", *options], environment)
+def running(environment: dict[str, str], *options: str, stdin: int | None = None) -> AbstractContextManager[Server]:
+    return started([*PROGRAM, "serve", "--port", "0", *options], environment, stdin)
 
 
 @contextmanager
-def started(command: list[str], environment: dict[str, str]) -> Iterator[Server]:
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, encoding="utf-8") as process:
+def started(command: list[str], environment: dict[str, str], stdin: int | None = None) -> Iterator[Server]:
+    with subprocess.Popen(command, env=environment, stdin=stdin, stderr=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:

@@ -21,9 +21,12 @@ before(async () => {
   const ready = join(place, "ready.json");
   const empty = join(place, "empty.jsonl");
   writeFileSync(empty, '{"format": "llamacli-recording", "version": 1, "model": "llama-2"}\n');
-  const options = ["serve", "--port", "0", "--ready-file", ready, "--replay", empty, "--allow-simulation"];
+  const options = ["serve", "--port", "0", "--ready-file", ready, "--replay", empty, "--allow-simulation", "--until-eof"];
   const environment = { ...process.env, LLAMACLI_API_KEY: "a-key-for-tests", LLAMACLI_HOME: join(place, "home") };
-  server = spawn(process.env.LLAMACLI ?? "llamacli", options, { env: environment, stdio: "ignore" });
+  server = spawn(process.env.LLAMACLI ?? "llamacli", options, {
+    env: environment,
+    stdio: ["pipe", "ignore", "ignore"], // it ends with the pipe, and so with us, however we end
+  });
   while (!existsSync(ready)) {
     assert.equal(server.exitCode, null, "the server has not started");
     await new Promise((done) => setTimeout(done, 10));
