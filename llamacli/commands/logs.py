@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def titles(listings: list[Listing]) -> str:
 
 def rename(path: Path, reference: str, name: str) -> int:
     with closing(_there(path, reference)) as archive:
-        archive.keep(replace(archive.find(reference), name=name))
+        archive.keep(archive.find(reference), name)
     return 0
 
 

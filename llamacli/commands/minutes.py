@@ -31,7 +31,8 @@ class Minutes:
         self._path = path
         self._notices = notices
         self._writes = self._writes_always = writes
-        self._unwritten: list[Turn] = []
+        self._unwritten: list[Turn] = []  # answered, the oldest first
+        self._withdrawn: list[int] = []  # ids of turns that are still part of the conversation in the file
         self._ids: dict[float, int] = {}  # of turns, by the time they were asked
         self._said = ""
 
@@ -47,18 +48,15 @@ class Minutes:
         return self._try(lambda archive: self._add(archive, turn), turn)
 
     def answered(self, turn: Turn) -> None:
-        if not turn.id:
-            self._unwritten.append(turn)  # its question could not be written, either
-        if self._writes:
-            self._try(lambda archive: self._answer(archive, turn), None)
+        self._unwritten.append(turn)
+        self._catch_up()
 
     def withdrawn(self, turn: Turn) -> None:
         """The turn is no part of the conversation any more."""
-        written = self.id_of(turn)
-        if not written:
-            self._unwritten = [other for other in self._unwritten if other.asked != turn.asked]
-        elif self._writes:
-            self._try(lambda archive: archive.replaced(written), None)
+        self._unwritten = [other for other in self._unwritten if other.asked != turn.asked]
+        if written := self.id_of(turn):
+            self._withdrawn.append(written)
+            self._catch_up()
 
     def change(self, **changes: Any) -> None:
         """What is known of the session. Written with its first turn, if there is none so far."""
@@ -69,15 +67,23 @@ class Minutes:
     def begin_writing(self, name: str | None) -> None:
         """From now on, under this name. Raises LlamacliError where it cannot be kept."""
         with Archive(self._path) as archive:
-            self.session = archive.keep(replace(self.session, name=name or self.session.name))
+            self.session = archive.keep(self.session, name)
             self._writes = True
             self._make_up(archive)
 
+    def end(self) -> None:
+        """The conversation ends: what could not be written so far is tried once more, and said if it is lost."""
+        self._catch_up()
+        if self._writes and self._unwritten:
+            n = len(self._unwritten)
+            self._notices.say(f"the last {'answer is' if n == 1 else f'{n} answers are'} not kept")
+        self._unwritten, self._withdrawn = [], []
+
     def turn_to(self, session: Session) -> None:
         """Keep another session from now on."""
+        self.end()
         self.session = session
         self._writes = self._writes_always
-        self._unwritten = []
 
     def open(self) -> Archive:
         return Archive(self._path)
@@ -91,18 +97,24 @@ class Minutes:
         self._ids[turn.asked] = turn.id
         return turn
 
-    def _answer(self, archive: Archive, turn: Turn) -> None:
-        self._make_up(archive)
-        if turn.id:
-            archive.answer(self.session, turn)
-
     def _keep(self, archive: Archive) -> None:
         self.session = archive.keep(self.session)
 
     def _make_up(self, archive: Archive) -> None:
         while self._unwritten:
-            self._added(archive, self._unwritten[0])
+            turn = self._unwritten[0]
+            if turn.id:
+                archive.answer(self.session, turn)
+            else:
+                self._added(archive, turn)
             del self._unwritten[0]
+        while self._withdrawn:
+            archive.replaced(self._withdrawn[0])
+            del self._withdrawn[0]
+
+    def _catch_up(self) -> None:
+        if self._writes and (self._unwritten or self._withdrawn):
+            self._try(self._make_up, None)
 
     def _try(self, write: Callable[[Archive], T], otherwise: T) -> T:
         try:

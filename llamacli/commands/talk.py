@@ -229,10 +229,10 @@ class Talk:
             cached_tokens=end.usage.cached_tokens,
             seed=params.seed,
         )
-        self.minutes.answered(turn)
         self.unanswered = None
         self.turns.append(turn)
         conversation.add(Exchange(turn.question, text, said.tokens))
+        self.minutes.answered(turn)  # last: Ctrl-C costs no answer then
         self._n_tokens = end.usage.prompt_tokens + end.usage.completion_tokens
         self._n_cached = end.usage.cached_tokens
         self._notices.detail(
@@ -362,5 +362,6 @@ class Talk:
 
     def leave(self) -> None:
         """Store what is computed, for whoever goes on with this session. Ctrl-C does without."""
+        self.minutes.end()
         if self.minutes.session.id and self._resident.is_ready:
             self._resident.save().wait()

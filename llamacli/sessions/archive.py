@@ -121,7 +121,7 @@ class Archive(Database):
         now = time()
         turn = replace(turn, asked=turn.asked or now)
         with self.transaction():
-            session = self._written(replace(session, updated=now))
+            session = self._written(self._as_left(replace(session, updated=now)))
             values = (session.id, turn.question, turn.asked, *_answer(turn))
             marks = ", ".join("?" * len(values))
             statement = f"INSERT INTO turns (session, question, asked, {_ANSWER}) VALUES ({marks})"
@@ -140,14 +140,15 @@ class Archive(Database):
         with self.transaction():
             self.write("UPDATE turns SET is_replaced = 1 WHERE id = ?", [(turn,)])
 
-    def keep(self, session: Session) -> Session:
-        """Write what is known of a session. Raises UsageError for a name that another one has."""
+    def keep(self, session: Session, name: str | None = None) -> Session:
+        """Write what is known of a session, under a new name if there is one. UsageError for one that another has."""
         with self.transaction():
-            if session.name is not None:
-                other = self.named(checked_name(session.name))
-                if other is not None and other.id != session.id:
-                    raise UsageError(f"there is a session {session.name!r} already: say another name")
-            return self._written(session)
+            if name is None:
+                return self._written(self._as_left(session))
+            other = self.named(checked_name(name))
+            if other is not None and other.id != session.id:
+                raise UsageError(f"there is a session {name!r} already: say another name")
+            return self._written(replace(session, name=checked_name(name)))
 
     def remove(self, session: Session) -> None:
         self._forget("WHERE session = ?", "WHERE id = ?", (session.id,))
@@ -165,12 +166,18 @@ class Archive(Database):
             self.write(f"DELETE FROM sessions {sessions}", [values])
         self.read("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def _as_left(self, session: Session) -> Session:
+        """With the name that it has by now; one that is not there any more goes on as the one with its name.
+
+        Only within a transaction: other processes name and remove sessions, too.
+        """
+        found = self._one("WHERE id = ?", session.id) if session.id else None
+        if found is None and session.name is not None:
+            found = self.named(session.name)
+        return session if found is None else replace(session, id=found.id, name=found.name, created=found.created)
+
     def _written(self, session: Session) -> Session:
         """Only within a transaction."""
-        if not session.id and session.name is not None:
-            found = self.named(session.name)
-            if found is not None:
-                session = replace(session, id=found.id, created=found.created)
         session = replace(session, created=session.created or time())
         folded = session.name.casefold() if session.name is not None else None
         values = _safe(

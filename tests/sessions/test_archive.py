@@ -64,6 +64,23 @@ def test_a_session_that_was_removed_meanwhile_does_not_cost_the_answer(path: Pat
         assert [turn.answer for turn in archive.turns(archive.find("a"))] == ["Meta."]
 
 
+def test_a_name_that_was_given_or_taken_meanwhile_stays_and_does_not_cost_the_answer(path: Path) -> None:
+    with Archive(path) as archive:
+        session, _ = archive.add(Session(name="a"), QUESTION)
+        archive.keep(archive.find("a"), "b")
+        other, _ = archive.add(Session(name="a"), QUESTION)
+        session, _ = archive.add(session, QUESTION)
+        archive.keep(session)
+        assert (session.name, len(archive.turns(archive.find("b"))), len(archive.turns(archive.find("a")))) == (
+            "b",
+            2,
+            1,
+        )
+        archive.remove(session)
+        again, _ = archive.add(replace(session, name="a"), QUESTION)
+        assert again.id == other.id and len(archive.turns(other)) == 2
+
+
 def test_search_finds_any_case_of_any_script_in_all_that_was_said(path: Path) -> None:
     with Archive(path) as archive:
         archive.add(Session(), replace(QUESTION, question="Grüße an ÖZGÜR 100%"))
@@ -96,7 +113,7 @@ def test_a_name_that_is_taken_and_a_session_that_is_not_there_are_refused(path: 
         archive.add(Session(name="a"), QUESTION)
         session, _ = archive.add(Session(), QUESTION)
         with pytest.raises(UsageError, match="already"):
-            archive.keep(replace(session, name="A"))
+            archive.keep(session, "A")
         for reference in ("b", "99", "9" * 30, ""):
             with pytest.raises(UsageError, match="there is no session"):
                 archive.find(reference)
