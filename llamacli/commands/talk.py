@@ -150,8 +150,8 @@ class Talk:
     def again(self, text: str | None = None) -> None:
         """Answer the last question once more, or another one in its place."""
         if self.unanswered is not None:
-            old, self.unanswered = self.unanswered, None
-            self._replace(old, text or old.question, self.settings.seed, lambda: None)
+            lost, self.unanswered = self.unanswered, None
+            self._replace(lost, text or lost.question, self.settings.seed, lambda: self._give_up(lost))
             return
         if not self.turns:
             raise UsageError("nothing was asked so far")
@@ -168,14 +168,21 @@ class Talk:
         self._replace(old, text or old.question, seed, put_back)
 
     def _replace(self, old: Turn, text: str, seed: int | None, put_back: Callable[[], None]) -> None:
-        n_before = len(self.turns)
+        last = self.turns[-1] if self.turns else None
         try:
             self._ask(text, seed)
         finally:
-            if len(self.turns) > n_before:
+            if self.turns and self.turns[-1] is not last:
                 self.minutes.withdrawn(old)
             else:
                 put_back()
+
+    def _give_up(self, lost: Turn) -> None:
+        """A question without an answer was asked again, and has none again; or was not even sent."""
+        if self.unanswered is None:
+            self.unanswered = lost
+        else:
+            self.minutes.withdrawn(lost)
 
     @property
     def last_question(self) -> str:

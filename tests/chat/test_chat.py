@@ -351,6 +351,31 @@ def test_a_full_context_is_an_error_in_a_pipe_unless_it_was_said_what_goes(polic
     assert chat(llamacli, "-c", "256", "--continue", "--when-full", policy, input="Thanks!\n").returncode == 0
 
 
+def test_a_question_in_other_words_takes_the_place_of_the_last_one_where_older_ones_had_to_go(llamacli: Run) -> None:
+    lines = "".join(f"My name is Ada, and {i} is a number.\n" for i in range(3))
+    longer = "My name is Ada, and " + "1 is a number, and " * 12
+    small = ("-c", "192", "-n", "24", "--when-full", "drop")
+    done = chat(llamacli, *small, input=f"{lines}/edit {longer}\n/retry\n")
+    assert done.returncode == 0 and "left out from now on" in done.stderr
+    turns = [(turn["question"].strip(), turn["in_context"]) for turn in logged(llamacli)["turns"]]
+    assert len(turns) == 3 and turns[0] == ("My name is Ada, and 0 is a number.", False)
+    assert turns[-1] == (longer.strip(), True) and turns[1][0] == "My name is Ada, and 1 is a number."
+
+
+def test_a_question_that_was_not_sent_again_is_still_the_one_that_has_no_answer(
+    environment: dict[str, str], data: Path, llamacli: Run
+) -> None:
+    llamacli("--temperature", "0", "--session", "a", ADA)
+    with sqlite3.connect(data / "sessions.sqlite3") as connection:
+        connection.execute("INSERT INTO turns (session, question, tokens, asked) VALUES (1, ?, x'', 1)", (WHO,))
+    with Terminal([*CHAT, "--session", "a", "-c", "256"], environment) as terminal:
+        terminal.wait_for("of 256 tokens")
+        terminal.type("/edit " + "x " * 300, "enter")
+        terminal.wait_for("the question alone is")
+        said(terminal, "/retry", YOURS)
+    assert [turn["question"] for turn in logged(llamacli, "a")["turns"]] == [ADA, WHO]
+
+
 def test_each_turn_computes_only_what_is_new(llamacli: Run) -> None:
     chat(llamacli, "--temperature", "2", "--top-p", "1", "-n", "40", input="Sing!\nLouder!\nOnce more!\nThanks!\n")
     turns = [turn["usage"] for turn in logged(llamacli)["turns"]]
