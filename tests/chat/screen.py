@@ -102,6 +102,13 @@ class Terminal:
             assert self._read(0.2) is not None, f"ended without {what}:\n{self.text}"
         return self.text
 
+    def wait_until(self, what: Callable[[], object]) -> None:
+        """Until something is so that the screen does not show."""
+        deadline = time.monotonic() + PATIENCE
+        while not what():
+            assert time.monotonic() < deadline, f"it does not come:\n{self.text}"
+            assert self._read(0.1) is not None, f"ended:\n{self.text}"
+
     def press_until(self, key: str, what: Callable[[str], object]) -> None:
         """Again and again: what was typed before is loaded a moment after the line is there to be typed at."""
         deadline = time.monotonic() + PATIENCE
@@ -121,7 +128,7 @@ class Terminal:
         return self._code
 
     def _send(self, text: str) -> None:
-        os.write(self._master, text.encode())
+        os.write(self._master, text.encode("utf-8", "surrogateescape"))
 
     def _read(self, seconds: float) -> bytes | None:
         """None when the program has closed its side."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -263,13 +264,60 @@ def _has_scrolled_past(n: int, text: str) -> bool:
     return text.count("/model ") > n and "tokens" not in text.rpartition("/model ")[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_what_ends_it_leaves_the_terminal_as_it_was(number: signal.Signals, environment: dict[str, str]) -> None:
     with Terminal(CHAT, environment) as terminal:
         terminal.wait_for("0 of 1,024 tokens")
         assert not terminal.echoes
         os.kill(terminal.pid, number)
         assert terminal.end() == -number and terminal.echoes
+
+
+def test_a_stdout_that_is_closed_leaves_the_terminal_as_it_was(environment: dict[str, str]) -> None:
+    with Terminal(["sh", "-c", '"$@" | head -n 1; sleep 60', "-", *CHAT], environment) as terminal:
+        terminal.wait_for(">")
+        terminal.type(ADA, "enter")
+        terminal.wait_for(NICE)
+        assert not terminal.echoes
+        terminal.type(WHO, "enter")
+        terminal.wait_until(lambda: terminal.echoes)
+
+
+@pytest.mark.skipif(shutil.which("dash") is None, reason="other shells put the terminal right themselves")
+def test_ctrl_z_leaves_the_terminal_as_it_was_and_a_stopped_chat_goes_on_or_ends(
+    environment: dict[str, str], slow_model: Path
+) -> None:
+    with Terminal(["dash", "-i"], environment | {"PS1": "$ ", "ENV": ""}, columns=200) as terminal:
+        terminal.wait_for("$")
+        terminal.type(" ".join([*CHAT, "-m", str(slow_model)]), "enter")
+        terminal.wait_for("of 4,096 tokens")
+        terminal.type("Sing!", "enter")
+        terminal.wait_for(lambda text: len(text.partition("Sing!")[2]) > 200)
+        terminal.type("\x1a")
+        terminal.wait_until(lambda: terminal.echoes)
+        terminal.type("fg", "enter")
+        terminal.wait_until(lambda: not terminal.echoes)
+        terminal.press("c-c")
+        terminal.wait_for(lambda text: "of 4,096 tokens" in text.rpartition("fg")[2])
+        terminal.type("\x1a")
+        terminal.wait_until(lambda: terminal.echoes)
+        terminal.type("kill %1; kill -CONT %1; while kill -0 %1; do sleep 0.1; done; echo it is o''ver", "enter")
+        terminal.wait_for("it is over")
+
+
+def test_bytes_that_are_no_text_are_said_and_a_window_may_be_one_column_wide(
+    environment: dict[str, str], llamacli: Run
+) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        terminal.type("Say \udcff", "enter")
+        terminal.wait_for("what was typed is not valid UTF-8")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("times)")[2]))
+        terminal.resize(1, 24)
+        terminal.type("/help", "enter")
+        terminal.type("/quit", "enter")
+        assert terminal.end() == 0
+    assert logged(llamacli)["turns"][0]["question"] == "Say \ufffd"
 
 
 def test_a_dumb_terminal_gets_no_control_sequences_with_an_answer(environment: dict[str, str]) -> None:
