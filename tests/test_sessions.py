@@ -87,6 +87,8 @@ def test_logs_lists_searches_names_and_removes(llamacli: Run) -> None:
     assert "llama2" in llamacli("logs", "--search", "LLAMA2").stdout.splitlines()[1]
     none = llamacli("logs", "--search", "xyzzy")
     assert (none.returncode, none.stdout) == (0, "") and "no session has that text" in one_line(none.stderr)
+    none = llamacli("logs", "--search", "token\udcff")
+    assert (none.returncode, none.stdout) == (0, "") and "--search is not valid UTF-8" in none.stderr
     assert json.loads(llamacli("logs", "--json").stdout)[0]["first"] == "What is a token?"
     assert llamacli("logs", "name", "1", "llama").returncode == 0
     assert "> Tell me about llama2" in llamacli("logs", "show", "llama").stdout

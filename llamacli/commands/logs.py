@@ -24,6 +24,7 @@ def show_list(path: Path, notices: Notices, *, limit: int, text: str | None, as_
         raise UsageError(f"--limit must be 1 or more, not {limit}")
     if text is not None and not text.strip():
         raise UsageError("--search looks for a text: it is empty")
+    text = text and terminal.decoded(text.encode("utf-8", "surrogateescape"), "--search", notices)
     listings: list[Listing] = []
     if path.exists():
         with Archive(path) as archive:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import NamedTuple
+from unicodedata import normalize
 
 from llamacli.database import Database, Layout, Row
 from llamacli.errors import UsageError
@@ -42,6 +43,7 @@ _LAYOUT = Layout(
     tables=_TABLES,
     remedy="move it and its -wal and -shm files away (a new one is made by itself), or put a backup in its place",
 )
+_MOST = 2**63 - 1  # what an integer of SQLite holds
 _SESSION = "id, name, model, system, created, updated, start, summary"
 _ANSWER = "answer, tokens, model, answered, finish_reason, prompt_tokens, completion_tokens, cached_tokens, seed"
 
@@ -70,7 +72,7 @@ class Archive(Database):
         return self._one("ORDER BY updated DESC, id DESC LIMIT 1")
 
     def named(self, name: str) -> Session | None:
-        return self._one("WHERE folded = ?", name.strip().casefold())
+        return self._one("WHERE folded = ?", _folded(name))
 
     def find(self, reference: str) -> Session:
         """By name or id. Raises UsageError where there is none."""
@@ -108,7 +110,7 @@ class Archive(Database):
             others = "instr(folded(s.name), ?1) OR instr(folded(s.system), ?1) OR instr(folded(s.summary), ?1)"
             query += f", ({hit}) AS hit FROM sessions s WHERE hit IS NOT NULL OR {others}"
             values = (needle,)
-        rows = self.read(f"{query} ORDER BY s.updated DESC, s.id DESC LIMIT {limit}", values)
+        rows = self.read(f"{query} ORDER BY s.updated DESC, s.id DESC LIMIT {min(limit, _MOST)}", values)
         return [Listing(_session(row[:8]), *row[8:]) for row in rows]
 
     # -- writing --
@@ -179,7 +181,7 @@ class Archive(Database):
     def _written(self, session: Session) -> Session:
         """Only within a transaction."""
         session = replace(session, created=session.created or time())
-        folded = session.name.casefold() if session.name is not None else None
+        folded = _folded(session.name) if session.name is not None else None
         values = _safe(
             (
                 *(session.id or None, session.name, session.model, session.system),
@@ -198,6 +200,11 @@ class Archive(Database):
     def _one(self, where: str, *values: object) -> Session | None:
         rows = self.read(f"SELECT {_SESSION} FROM sessions {where}", _safe(values))
         return _session(rows[0]) if rows else None
+
+
+def _folded(name: str) -> str:
+    """As names are compared: an accent may be typed as a character of its own, or with its letter."""
+    return normalize("NFC", name.strip().casefold())
 
 
 def _session(row: Row) -> Session:

@@ -119,6 +119,19 @@ def test_a_name_that_is_taken_and_a_session_that_is_not_there_are_refused(path: 
                 archive.find(reference)
 
 
+def test_a_name_is_the_same_however_it_is_typed(path: Path) -> None:
+    with Archive(path) as archive:
+        first, _ = archive.add(Session(name="caf\u00e9"), QUESTION)
+        again, _ = archive.add(Session(name="CAFE\u0301"), QUESTION)
+        assert first.id == again.id == archive.find("cafe\u0301").id
+
+
+def test_a_limit_may_be_any_number(path: Path) -> None:
+    with Archive(path) as archive:
+        archive.add(Session(name="a"), QUESTION)
+        assert len(archive.listed(10**30)) == 1
+
+
 def test_a_models_path_that_is_no_text_is_kept_as_far_as_it_goes(path: Path) -> None:
     with Archive(path) as archive:
         session, _ = archive.add(Session(model="/m/\udcff.gguf"), QUESTION)
