@@ -362,6 +362,16 @@ def test_a_line_is_a_question_and_an_answer_is_bare(llamacli: Run) -> None:
     assert [turn["question"] for turn in logged(llamacli)["turns"]] == [ADA, "What is\nmy name?", "/quit", WHO]
 
 
+def test_a_text_of_many_lines_is_read_line_by_line_and_comes_to_an_end(llamacli: Run) -> None:
+    done = chat(llamacli, "-n", "1", input='first\\\r\nsecond\r\n"""a\n\nb\\\nc"""\nx\\\\\n"""open\n')
+    asked = [turn["question"] for turn in logged(llamacli)["turns"]]
+    assert done.returncode == 0 and asked[1:] == ["a\n\nb\\\nc", "x\\\\", "open"]
+    assert asked[0] == "first\nsecond"
+    for line in (f"{'a' * 999}\\\n", f'"""{"a" * 999}\n'):
+        endless = chat(llamacli, input=line * ((16 << 20) // len(line) + 1))
+        assert endless.returncode == 4 and "longer than 16 MiB" in endless.stderr
+
+
 def test_commands_work_in_a_pipe_and_the_first_error_ends_it(llamacli: Run) -> None:
     done = chat(
         llamacli, "--no-log", input=f"/system Answer in one word.\nWhat is the capital of France?\n/quit\n{WHO}\n"
