@@ -81,6 +81,12 @@ def in_context(session: Session, turns: Sequence[Turn]) -> list[Turn]:
     return [turn for turn in turns if turn.answer is not None and turn.id >= session.start]
 
 
+def say_who_goes_on(session: Session, file: ModelFile, turns: Sequence[Turn], notices: Notices) -> None:
+    """If it is another model."""
+    if session.model not in (None, known_as(file)) and turns:
+        notices.say(f"session {session.reference}: {file.name} goes on with what {session.model} has begun")
+
+
 class Journal:
     """Of one run.
 
@@ -143,9 +149,8 @@ class Journal:
 
     def meet(self, file: ModelFile) -> None:
         """Say so if it is another model that goes on."""
-        session = self.session
-        if session is not None and session.model not in (None, known_as(file)) and self.turns:
-            self._notices.say(f"session {session.reference}: {file.name} goes on with what {session.model} has begun")
+        if self.session is not None:
+            say_who_goes_on(self.session, file, self.turns, self._notices)
 
     def write(self, heard: Heard, told: Answering, texts: Texts, system: str | None, *, is_over: bool) -> None:
         """Write the answer down, as far as there is one. Who reads stdout need not wait for it.

@@ -34,6 +34,7 @@ class Minutes:
         self._unwritten: list[Turn] = []  # answered, the oldest first
         self._withdrawn: list[int] = []  # ids of turns that are still part of the conversation in the file
         self._ids: dict[float, int] = {}  # of turns, by the time they were asked
+        self._last_dropped = 0.0  # when the turn was asked behind which the conversation begins, if it has no id yet
         self._said = ""
 
     def id_of(self, turn: Turn) -> int:
@@ -57,6 +58,12 @@ class Minutes:
         if written := self.id_of(turn):
             self._withdrawn.append(written)
             self._catch_up()
+
+    def begins_behind(self, turn: Turn, summary: str | None) -> None:
+        """This turn and those before it had no room in the context any more."""
+        written = self.id_of(turn)
+        self._last_dropped = 0.0 if written else turn.asked
+        self.change(start=written + 1 if written else self.session.start, summary=summary)
 
     def change(self, **changes: Any) -> None:
         """What is known of the session. Written with its first turn, if there is none so far."""
@@ -95,6 +102,8 @@ class Minutes:
     def _added(self, archive: Archive, turn: Turn) -> Turn:
         self.session, turn = archive.add(self.session, turn)
         self._ids[turn.asked] = turn.id
+        if turn.asked == self._last_dropped:
+            self.session = replace(self.session, start=turn.id + 1)
         return turn
 
     def _keep(self, archive: Archive) -> None:

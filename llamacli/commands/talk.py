@@ -15,7 +15,7 @@ from llamacli import launch as launching
 from llamacli.commands import question as asking
 from llamacli.commands.deliver import EXIT_CUT
 from llamacli.commands.face import Face, Said
-from llamacli.commands.journal import in_context, known_as
+from llamacli.commands.journal import in_context, known_as, say_who_goes_on
 from llamacli.commands.minutes import Minutes
 from llamacli.commands.obtain import models_in, obtain, obtain_draft
 from llamacli.commands.question import RunOptions
@@ -274,9 +274,8 @@ class Talk:
             chosen = {"d": "drop", "s": "summarise"}[letter]
         summary = self._summary(conversation, n) if chosen == "summarise" else None
         conversation.forget(n, summary)
-        last = self.minutes.id_of(self.turns[n - 1])
+        self.minutes.begins_behind(self.turns[n - 1], conversation.summary)
         del self.turns[:n]
-        self.minutes.change(start=last + 1 if last else self.minutes.session.start, summary=conversation.summary)
         self._notices.say(
             f"the context is full: the {turns} {'is' if n == 1 else 'are'} left out from now on"
             + (f", in short: {summary}" if summary else "")
@@ -329,7 +328,8 @@ class Talk:
         """Go on with another conversation. What is computed of this one goes to the disk, if it is kept at all."""
         if self.minutes.session.id:
             self._resident.save()
-        self.minutes.turn_to(session)
+        say_who_goes_on(session, self.file, turns, self._notices)
+        self.minutes.turn_to(replace(session, model=known_as(self.file)))
         self.take_up(session, turns)
 
     def take_up(self, session: Session, turns: list[Turn]) -> None:

@@ -442,6 +442,16 @@ def test_each_turn_computes_only_what_is_new(llamacli: Run) -> None:
         assert held - 1 <= after["cached_tokens"] <= held, "the last token of an answer that was cut is not computed"
 
 
+def test_a_session_that_another_model_has_begun_is_said_to_be_and_belongs_to_the_one_that_goes_on(
+    llamacli: Run, tmp_path: Path
+) -> None:
+    (copy := tmp_path / "other-chat.gguf").symlink_to(Path(__file__).parents[2] / "models/tiny-llama2-chat.Q8_0.gguf")
+    chat(llamacli, "--session", "a", "-m", str(copy), input=f"{ADA}\n")
+    done = chat(llamacli, input=f"/load a\n{WHO}\n")
+    assert done.stdout == f"{YOURS}\n" and f"tiny goes on with what {copy.resolve()} has begun" in done.stderr
+    assert logged(llamacli, "a")["model"] == "tiny"
+
+
 def test_a_smaller_model_writes_ahead_in_a_chat_too(llamacli: Run) -> None:
     guessing = ("--temperature", "0", "--draft-model")
     plain = chat(llamacli, "--temperature", "0", "--no-speculation", input=f"{ADA}\n{WHO}\n")

@@ -65,6 +65,19 @@ def test_a_turn_that_was_replaced_while_the_file_was_locked_is_so_in_the_file_to
     assert kept.turns == [("two", "two!")]
 
 
+def test_where_a_conversation_begins_is_known_of_turns_that_were_written_later(kept: Kept) -> None:
+    silent = Minutes(kept.path, Notices(stream=kept.said), Session(), writes=False)
+    turns = [replace(silent.asked(str(i), "tiny"), answer="!", answered=1.0) for i in range(3)]
+    for turn in turns:
+        silent.answered(turn)
+    silent.begins_behind(turns[1], "They counted.")
+    silent.begin_writing("a")
+    with Archive(kept.path) as archive:
+        session = archive.find("a")
+        assert [turn.id >= session.start for turn in archive.turns(session)] == [False, False, True]
+    assert session.summary == "They counted."
+
+
 def test_at_its_end_a_conversation_is_written_whole_or_what_is_lost_is_said(kept: Kept) -> None:
     kept.answered("one")
     with kept.locked():
