@@ -170,6 +170,19 @@ def test_another_model_may_go_on_and_so_may_another_system_prompt(llamacli: Run,
     assert json.loads(llamacli("logs", "show", "a", "--json").stdout)["system"] == "Answer in upper case."
 
 
+def test_a_session_whose_model_is_gone_says_so_and_another_may_be_named(llamacli: Run, tmp_path: Path) -> None:
+    (model := tmp_path / "gone-chat.gguf").write_bytes(
+        (Path(__file__).parents[1] / "models" / "tiny-llama2-chat.Q8_0.gguf").read_bytes()
+    )
+    llamacli(*GREEDY, "--session", "a", "-m", str(model), ADA[0])
+    model.unlink()
+    for arguments in (("--continue", WHO[0]), ("chat", "--session", "a")):
+        gone = llamacli(*arguments)
+        assert gone.returncode == 5
+        assert f"session a needs {model}, which does not exist any more" in one_line(gone.stderr)
+    assert llamacli(*GREEDY, "--session", "a", "-m", "tiny", WHO[0]).stdout == WHO[1]
+
+
 def test_processes_that_write_at_once_lose_nothing(environment: dict[str, str], llamacli: Run) -> None:
     runs = [
         subprocess.Popen(

@@ -18,7 +18,7 @@ from llamacli.commands.deliver import Source
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Resolved, Settings
-from llamacli.errors import LlamacliError, UsageError
+from llamacli.errors import LlamacliError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from llamacli.models.store import ModelFile
@@ -148,8 +148,13 @@ class Journal:
         return settings
 
     def meet(self, file: ModelFile) -> None:
-        """Say so if it is another model that goes on."""
+        """Say so if it is another model that goes on. Raises ModelError where the session's own is gone."""
         if self.session is not None:
+            if self.session.model == known_as(file) and not file.path.exists():
+                raise ModelError(
+                    f"session {self.session.reference} needs {file.path}, which does not exist any more: put it back, "
+                    "or name another model with -m"
+                )
             say_who_goes_on(self.session, file, self.turns, self._notices)
 
     def write(self, heard: Heard, told: Answering, texts: Texts, system: str | None, *, is_over: bool) -> None:
