@@ -71,7 +71,8 @@ class AtTerminal:
                 with _ctrl_c_is_a_key():
                     text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False)
             except KeyboardInterrupt:  # clears the line, as in a shell
-                prefilled = ""
+                if prefilled:
+                    return ""
                 continue
             except EOFError:
                 return None

@@ -63,7 +63,7 @@ class Face(Protocol):
     is_asked: bool
 
     def read(self, prefilled: str = "") -> str | None:
-        """The next thing that was typed. None at the end."""
+        """The next thing that was typed. None at the end; nothing where what stood there was not to be changed."""
 
     def answer(self, reply: Reply, resident: Resident) -> Said:
         """Show an answer while it comes. Ctrl-C may stop it, which its end then says."""

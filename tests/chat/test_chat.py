@@ -215,6 +215,20 @@ def test_each_command_does_what_help_says(environment: dict[str, str], tmp_path:
     assert logged(llamacli, "2")["turns"][0]["answer"] == NICE
 
 
+def test_ctrl_c_while_the_last_question_is_changed_leaves_it_and_its_answer(
+    environment: dict[str, str], llamacli: Run
+) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        said(terminal, ADA, NICE)
+        terminal.type("/edit", "enter")
+        terminal.wait_for(lambda text: f"> {ADA}" in text.rpartition("/edit")[2])
+        terminal.press("c-c")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("/edit")[2]))
+        said(terminal, WHO, YOURS)
+    assert [turn["question"] for turn in logged(llamacli)["turns"]] == [ADA, WHO]
+
+
 def test_a_session_goes_on_in_a_second_process_with_what_was_computed(environment: dict[str, str]) -> None:
     with Terminal([*CHAT, "--session", "a"], environment) as terminal:
         terminal.wait_for("0 of 1,024 tokens")
