@@ -68,8 +68,8 @@ class AtTerminal:
     def read(self, prefilled: str = "") -> str | None:
         while True:
             try:
-                with _ctrl_c_is_a_key():
-                    text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False)
+                with _ctrl_c_is_a_key() as begin:
+                    text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False, pre_run=begin)
             except KeyboardInterrupt:  # clears the line, as in a shell
                 if prefilled:
                     return ""
@@ -99,8 +99,9 @@ class AtTerminal:
         self.show(question)
         while True:
             try:
-                with _ctrl_c_is_a_key():
-                    chosen = session.prompt(f"[{'/'.join(choices)}] ", handle_sigint=False).strip().lower()[:1]
+                with _ctrl_c_is_a_key() as begin:
+                    chosen = session.prompt(f"[{'/'.join(choices)}] ", handle_sigint=False, pre_run=begin)
+                chosen = chosen.strip().lower()[:1]
             except (KeyboardInterrupt, EOFError):
                 return choices[-1]
             if chosen and chosen in choices:
@@ -126,15 +127,21 @@ class AtTerminal:
 
 
 @contextmanager
-def _ctrl_c_is_a_key() -> Iterator[None]:
-    """While a line is edited. As a signal it comes just before or after that, and would only break what it meets."""
+def _ctrl_c_is_a_key() -> Iterator[Callable[[], None]]:
+    """While a line is edited. As a signal it comes just before that, or just after: then it is raised at the end.
+
+    Yields what is to be called when the editing begins. Raised in its middle the signal would break what it meets.
+    """
+    came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
-        yield
+        yield came.clear
     finally:
         signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 class _Commands(Completer):

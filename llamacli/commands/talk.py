@@ -161,6 +161,10 @@ class Talk:
         def put_back() -> None:
             self.turns.append(old)
             conversation.add(exchange)
+            if self.unanswered is not None:
+                self.minutes.withdrawn(self.unanswered)
+                self.unanswered = None
+                self._notices.say("the question and the answer that were there stay")
 
         if text is None and self.settings.temperature == 0:
             self._notices.say("at --temperature 0 the answer is the same again")

@@ -88,6 +88,12 @@ class Terminal:
         flags: int = termios.tcgetattr(self._master)[3]
         return bool(flags & termios.ECHO and flags & termios.ICANON)
 
+    @property
+    def signals(self) -> bool:
+        """Whether Ctrl-C is a signal now, and no key that the program reads."""
+        flags: int = termios.tcgetattr(self._master)[3]
+        return bool(flags & termios.ISIG)
+
     def type(self, text: str, *keys: str) -> None:
         self._send(text + "".join(KEYS[key] for key in keys))
 

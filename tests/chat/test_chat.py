@@ -215,6 +215,34 @@ def test_each_command_does_what_help_says(environment: dict[str, str], tmp_path:
     assert logged(llamacli, "2")["turns"][0]["answer"] == NICE
 
 
+def test_an_answer_stays_where_another_one_was_stopped_before_it_began(
+    environment: dict[str, str], slow_model: Path, llamacli: Run
+) -> None:
+    with Terminal([*CHAT, "-m", str(slow_model), "-n", "20"], environment) as terminal:
+        terminal.wait_for("0 of 4,096 tokens")
+        terminal.type("Sing!", "enter")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("Sing!")[2]))
+        terminal.type(f"\x1b[200~/edit {'Sing, and loud. ' * 600}\x1b[201~", "enter")
+        terminal.wait_until(lambda: len(logged(llamacli)["turns"]) == 2)
+        terminal.press("c-c")
+        terminal.wait_for("the question and the answer that were there stay")
+        terminal.type("/retry", "enter")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("/retry")[2]))
+    assert [turn["question"] for turn in logged(llamacli)["turns"]] == ["Sing!"]
+
+
+def test_ctrl_c_with_enter_sends_nothing(environment: dict[str, str], slow_model: Path, llamacli: Run) -> None:
+    with Terminal([*CHAT, "-m", str(slow_model), "-n", "20"], environment, columns=200, lines=70) as terminal:
+        terminal.wait_for("0 of 4,096 tokens")
+        terminal.type(f"\x1b[200~{'Sing, and loud. ' * 600}\x1b[201~", "enter")
+        terminal.wait_until(lambda: terminal.signals)
+        terminal.press("c-c")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("loud.")[2]))
+        terminal.press("c-d")
+        assert terminal.end() == 0
+    assert "nothing was logged" in llamacli("logs").stderr or logged(llamacli)["turns"][0]["answer"] is None
+
+
 def test_ctrl_c_while_the_last_question_is_changed_leaves_it_and_its_answer(
     environment: dict[str, str], llamacli: Run
 ) -> None:
