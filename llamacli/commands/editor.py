@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import Application
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import FormattedText
@@ -68,7 +69,7 @@ class AtTerminal:
     def read(self, prefilled: str = "") -> str | None:
         while True:
             try:
-                with _ctrl_c_is_a_key() as begin:
+                with _ctrl_c_is_a_key(self._session.app) as begin:
                     text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False, pre_run=begin)
             except KeyboardInterrupt:  # clears the line, as in a shell
                 if prefilled:
@@ -99,7 +100,7 @@ class AtTerminal:
         self.show(question)
         while True:
             try:
-                with _ctrl_c_is_a_key() as begin:
+                with _ctrl_c_is_a_key(session.app) as begin:
                     chosen = session.prompt(f"[{'/'.join(choices)}] ", handle_sigint=False, pre_run=begin)
                 chosen = chosen.strip().lower()[:1]
             except (KeyboardInterrupt, EOFError):
@@ -127,15 +128,25 @@ class AtTerminal:
 
 
 @contextmanager
-def _ctrl_c_is_a_key() -> Iterator[Callable[[], None]]:
+def _ctrl_c_is_a_key(app: Application[str]) -> Iterator[Callable[[], None]]:
     """While a line is edited. As a signal it comes just before that, or just after: then it is raised at the end.
 
-    Yields what is to be called when the editing begins. Raised in its middle the signal would break what it meets.
+    Yields what is to be called when the editing begins. Raised at once the signal would break what it meets.
     """
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
+
+    def hear(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        if app.is_running and app.loop is not None:  # from elsewhere: kill -INT
+            app.loop.call_soon_threadsafe(end)
+
+    def end() -> None:
+        if app.is_running and not app.is_done:
+            app.exit(exception=KeyboardInterrupt())
+
     if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        signal.signal(signal.SIGINT, hear)
     try:
         yield came.clear
     finally:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -229,6 +230,28 @@ def test_an_answer_stays_where_another_one_was_stopped_before_it_began(
         terminal.type("/retry", "enter")
         terminal.wait_for(lambda text: is_waiting(text.rpartition("/retry")[2]))
     assert [turn["question"] for turn in logged(llamacli)["turns"]] == ["Sing!"]
+
+
+def test_sigint_from_elsewhere_clears_the_line_as_ctrl_c_does(environment: dict[str, str]) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        for i in range(8):
+            terminal.type(f"not this {i}")
+            terminal.wait_for(f"not this {i}")
+            os.kill(terminal.pid, signal.SIGINT)
+            terminal.wait_for(partial(_is_cleared, f"not this {i}"))
+            terminal.press("enter", "c-c")
+        for _ in range(300):  # also while a line is only about to be there
+            os.kill(terminal.pid, signal.SIGINT)
+            time.sleep(0.003)
+        said(terminal, ADA, NICE)
+        terminal.press("c-d")
+        assert terminal.end() == 0
+        assert b"Traceback" not in terminal.raw and b"Warning" not in terminal.raw
+
+
+def _is_cleared(line: str, text: str) -> bool:
+    return is_waiting(text.rpartition(line)[2])
 
 
 def test_ctrl_c_with_enter_sends_nothing(environment: dict[str, str], slow_model: Path, llamacli: Run) -> None:
