@@ -39,7 +39,7 @@ class Minutes:
 
     def id_of(self, turn: Turn) -> int:
         """0 while it is not written."""
-        return turn.id or self._ids.get(turn.asked, 0)
+        return self._ids.get(turn.asked, turn.id)
 
     def asked(self, question: str, model: str) -> Turn:
         """A turn without an answer. A process that is killed now loses the answer and not the question."""
@@ -97,10 +97,10 @@ class Minutes:
 
     def _add(self, archive: Archive, turn: Turn) -> Turn:
         self._make_up(archive)
-        return self._added(archive, turn)
+        return self._written(archive, turn)
 
-    def _added(self, archive: Archive, turn: Turn) -> Turn:
-        self.session, turn = archive.add(self.session, turn)
+    def _written(self, archive: Archive, turn: Turn) -> Turn:
+        self.session, turn = (archive.answer if turn.id else archive.add)(self.session, turn)
         self._ids[turn.asked] = turn.id
         if turn.asked == self._last_dropped:
             self.session = replace(self.session, start=turn.id + 1)
@@ -111,11 +111,7 @@ class Minutes:
 
     def _make_up(self, archive: Archive) -> None:
         while self._unwritten:
-            turn = self._unwritten[0]
-            if turn.id:
-                archive.answer(self.session, turn)
-            else:
-                self._added(archive, turn)
+            self._written(archive, self._unwritten[0])
             del self._unwritten[0]
         while self._withdrawn:
             archive.replaced(self._withdrawn[0])

@@ -130,12 +130,15 @@ class Archive(Database):
             turn = replace(turn, id=self.insert(statement, _safe(values)))
         return session, turn
 
-    def answer(self, session: Session, turn: Turn) -> None:
-        """Write the answer to a turn that was added without one."""
+    def answer(self, session: Session, turn: Turn) -> tuple[Session, Turn]:
+        """Write the answer to a turn that was added without one; as add() does if the turn is not there any more."""
         columns = ", ".join(f"{name} = ?" for name in _ANSWER.split(", "))
+        if not self.read("SELECT 1 FROM turns WHERE id = ? AND asked = ?", (turn.id, turn.asked)):
+            return self.add(session, replace(turn, id=0))
         with self.transaction():
             self.write(f"UPDATE turns SET {columns} WHERE id = ?", [_safe((*_answer(turn), turn.id))])
             self.write("UPDATE sessions SET updated = ? WHERE id = ?", [(time(), session.id)])
+        return session, turn
 
     def replaced(self, turn: int) -> None:
         """The turn of this id is no part of its conversation any more."""
@@ -171,12 +174,15 @@ class Archive(Database):
     def _as_left(self, session: Session) -> Session:
         """With the name that it has by now; one that is not there any more goes on as the one with its name.
 
-        Only within a transaction: other processes name and remove sessions, too.
+        Only within a transaction: other processes name and remove sessions, too. The file may be another one, where
+        the id is another session's.
         """
-        found = self._one("WHERE id = ?", session.id) if session.id else None
+        found = self._one("WHERE id = ? AND created = ?", session.id, session.created) if session.id else None
         if found is None and session.name is not None:
             found = self.named(session.name)
-        return session if found is None else replace(session, id=found.id, name=found.name, created=found.created)
+        if found is None:
+            return replace(session, id=0)
+        return replace(session, id=found.id, name=found.name, created=found.created)
 
     def _written(self, session: Session) -> Session:
         """Only within a transaction."""

@@ -57,6 +57,18 @@ def test_an_answer_that_could_not_be_written_behind_its_question_is_written_with
     assert kept.turns == [("one", "one!"), ("two", "two!")]
 
 
+def test_a_conversation_that_was_removed_in_the_middle_of_an_answer_goes_on_in_one_piece(kept: Kept) -> None:
+    kept.minutes.change(name=None)
+    turn = replace(kept.minutes.asked("one", "tiny"), answer="one!", answered=1.0)
+    with Archive(kept.path) as archive:
+        archive.clear()
+        kept.minutes.answered(turn)
+        kept.answered("two")
+        assert [each.n_turns for each in archive.listed(10)] == [2]
+        kept.minutes.withdrawn(turn)
+        assert [each.n_turns for each in archive.listed(10)] == [1]
+
+
 def test_a_turn_that_was_replaced_while_the_file_was_locked_is_so_in_the_file_too(kept: Kept) -> None:
     turn = kept.answered("one")
     with kept.locked():

@@ -64,6 +64,26 @@ def test_a_session_that_was_removed_meanwhile_does_not_cost_the_answer(path: Pat
         assert [turn.answer for turn in archive.turns(archive.find("a"))] == ["Meta."]
 
 
+def test_an_answer_to_a_question_that_was_removed_meanwhile_is_kept_with_it(path: Path) -> None:
+    with Archive(path) as archive:
+        session, turn = archive.add(Session(name="a"), Turn(question="Why?"))
+        archive.clear()
+        archive.answer(session, replace(turn, answer="Because."))
+        assert [(each.question, each.answer) for each in archive.turns(archive.find("a"))] == [("Why?", "Because.")]
+
+
+def test_in_a_file_that_was_put_in_the_place_of_theirs_conversations_do_not_mix(path: Path) -> None:
+    with Archive(path) as archive:
+        session, turn = archive.add(Session(), Turn(question="Why?"))
+    path.rename(path.with_suffix(".old"))
+    with Archive(path) as archive:
+        other, others = archive.add(Session(name="b"), QUESTION)
+        assert (other.id, others.id) == (session.id, turn.id)
+        archive.answer(session, replace(turn, answer="Because."))
+        session, _ = archive.add(session, QUESTION)
+        assert archive.turns(other) == [others] and archive.find("b").id == other.id != session.id
+
+
 def test_a_name_that_was_given_or_taken_meanwhile_stays_and_does_not_cost_the_answer(path: Path) -> None:
     with Archive(path) as archive:
         session, _ = archive.add(Session(name="a"), QUESTION)
