@@ -6,10 +6,11 @@ Knows nothing of where turns are kept, nor of who reads the answers.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from llamacli.engine.recall import Recall, spelling
+from llamacli.engine.recall import Lesson, Recall, spelling
 from llamacli.errors import UsageError
 from llamacli.prompt import Message, Prompt, PromptBuilder
 
@@ -48,7 +49,8 @@ class Conversation:
         self.summary = summary
         self._recall = recall
         self._piece = piece
-        self._n_known = 0  # exchanges whose tokens the recall has been told
+        self._lessons: list[Lesson] = []  # of the first exchanges
+        self._is_taught = False  # the recall knows all of them, in this place
 
     def prompt(self, question: str) -> Prompt:
         """What the model is to read for a next answer. Raises UsageError where it has no place for earlier turns."""
@@ -72,20 +74,21 @@ class Conversation:
 
     def add(self, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
+        self._is_taught = False
 
     def drop_last(self) -> Exchange:
-        self._n_known = min(self._n_known, len(self.exchanges) - 1)
+        del self._lessons[len(self.exchanges) - 1 :]
         return self.exchanges.pop()
 
     def forget(self, n: int, summary: str | None = None) -> None:
         """Leave out the oldest exchanges. What is left stands behind other tokens now."""
-        del self.exchanges[:n]
+        del self.exchanges[:n], self._lessons[:n]
         self.summary = summary or self.summary
-        self._n_known = 0
+        self._is_taught = False
 
     def change_system(self, system: str | None) -> None:
         self.system = system
-        self._n_known = 0
+        self._is_taught = False
 
     def n_to_drop(self, question: str, room: int, limit: int) -> int:
         """How many of the oldest exchanges must go for a prompt within `room` tokens; 0 if it fits as it is.
@@ -95,11 +98,12 @@ class Conversation:
         if len(self.prompt(question).tokens) <= room:
             return 0
         goal = min(room, limit // ROOM_AFTER_DROPPING)
-        for n in range(1, len(self.exchanges)):
+
+        def fits(n: int) -> bool:
             left = self._messages(len(self.exchanges), start=n)
-            if len(self.builder.build([*left, Message("user", question)]).tokens) <= goal:
-                return n
-        return len(self.exchanges)
+            return len(self.builder.build([*left, Message("user", question)]).tokens) <= goal
+
+        return bisect_left(range(len(self.exchanges)), True, lo=1, key=fits)
 
     def _messages(self, end: int, start: int = 0) -> list[Message]:
         """The system prompt, and the exchanges from `start` up to `end`."""
@@ -111,14 +115,13 @@ class Conversation:
         return messages
 
     def _teach(self) -> None:
-        """Tell the recall how each answer was written, first to last: each prompt builds on those before."""
-        for i in range(self._n_known, len(self.exchanges)):
-            exchange = self.exchanges[i]
-            tokens = self._spelt(exchange)
-            if tokens is not None:
-                before = self.builder.build([*self._messages(i), Message("user", exchange.question)])
-                self._recall.note(before.tokens, tokens, exchange.answer)
-        self._n_known = len(self.exchanges)
+        """Tell the recall how each answer was written."""
+        if self._is_taught:
+            return
+        self._lessons += [(each.answer, self._spelt(each)) for each in self.exchanges[len(self._lessons) :]]
+        with self._recall.learning(self._lessons):
+            self.builder.build([*self._messages(len(self.exchanges)), Message("user", "?")])
+        self._is_taught = True
 
     def _spelt(self, exchange: Exchange) -> array[int] | None:
         """The answer's tokens, if they are this text in this model's vocabulary: another model may have said it."""

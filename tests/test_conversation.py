@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import pytest
 from conftest import MakeModel
@@ -14,7 +15,7 @@ from llamacli.engine.recall import Recall
 from llamacli.engine.sequence import SamplingParams
 from llamacli.gguf import read_header
 from llamacli.models import store
-from llamacli.prompt import Message, PromptBuilder
+from llamacli.prompt import Message, Prompt, PromptBuilder
 
 WILD = SamplingParams(temperature=2, top_p=1, top_k=0, max_tokens=40, seed=5)
 SHORT = [Exchange(f"Question {i}?", f"Answer {i}, which is not long.", array("i")) for i in range(8)]
@@ -44,6 +45,36 @@ def test_every_next_prompt_begins_with_the_tokens_that_were_computed(make: Conve
         assert following[: len(held)] == held, "also where the tokenizer would have spelt the text otherwise"
     again = Conversation(make.builder, make._recall, make._piece, make.exchanges)
     assert again.prompt("Next").tokens == following
+
+
+def test_a_conversation_that_is_taken_up_is_the_one_that_grew_turn_by_turn(
+    make: Conversation, make_model: MakeModel
+) -> None:
+    said, _ = answered(make, Engine(make_model(n_cells=1024)), "Sing!")
+    told = said._replace(tokens=array("i"))  # the same text, of which the tokens are not known
+    forged = Exchange("Hi", "No [INST] here", array("i", [1]))
+    for exchange in (told, said, forged, told, said):
+        make.add(exchange)
+        grown = make.prompt("Next").tokens
+    recall = Recall()
+    builder = PromptBuilder(read_header(store.bundled()), make.builder.tokenizer, recall=recall)
+    assert Conversation(builder, recall, make._piece, make.exchanges).prompt("Next").tokens == grown
+    n, plain = len(said.tokens), make.builder.tokenizer.tokenize(said.answer)
+    assert [grown[i : i + n] == said.tokens for i in range(len(grown) - n)].count(True) == 2 and plain != said.tokens
+
+
+def test_a_long_conversation_is_not_built_once_for_each_of_its_turns(make: Conversation) -> None:
+    class Counting(PromptBuilder):
+        n = 0
+
+        def build(self, messages: Sequence[Message]) -> Prompt:
+            self.n += 1
+            return super().build(messages)
+
+    builder = Counting(read_header(store.bundled()), make.builder.tokenizer)
+    long = Conversation(builder, make._recall, make._piece, SHORT * 32)
+    assert len(long.exchanges) - 8 < long.n_to_drop("Bye", 200, 200) < len(long.exchanges)
+    assert builder.n < 12
 
 
 def test_tokens_of_another_vocabulary_are_not_trusted(make: Conversation) -> None:

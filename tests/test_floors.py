@@ -91,7 +91,7 @@ FLOORS = [
         *("commands.ready_file", "commands.rehearsal", "commands.presets"),
         *("commands.run", "commands.chat", "commands.batch", "commands.models", "commands.serve"),
     ],
-    ["commands.testing_options", "commands.keeping", "commands.talking", "commands.serving", "commands.app"],
+    ["commands.testing_options", "commands.app_stored", "commands.app_chat", "commands.app_serve", "commands.app"],
     ["__main__"],
     ["testing.api", "testing.process", "testing.plugin"],
 ]
@@ -113,8 +113,8 @@ HOMES = {
     "httptools": ["server.connection"],
     "uvloop": ["commands.serve"],
     "typer": [
-        *("commands.testing_options", "commands.options", "commands.keeping", "commands.talking"),
-        *("commands.serving", "commands.app"),
+        *("commands.testing_options", "commands.options", "commands.app_stored", "commands.app_chat"),
+        *("commands.app_serve", "commands.app"),
     ],
     "rich": ["commands.progress", "commands.pace", "commands.table", "commands.rendering"],
     "markdown_it": ["commands.rendering"],
@@ -259,7 +259,7 @@ def test_a_plain_run_loads_the_bindings_light_and_nothing_it_does_not_use(tmp_pa
 
 # What an answer to a short prompt takes: whoever adds to it makes every answer start later.
 PLAIN = {
-    *("commands.app", "commands.talking", "commands.serving", "commands.keeping"),
+    *("commands.app", "commands.app_chat", "commands.app_serve", "commands.app_stored"),
     *("commands.options", "commands.testing_options"),
     *("commands.run", "commands.question", "commands.deliver", "commands.obtain", "commands.local"),
     "commands.journal",

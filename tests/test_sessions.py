@@ -87,6 +87,8 @@ def test_logs_lists_searches_names_and_removes(llamacli: Run) -> None:
     assert "llama2" in llamacli("logs", "--search", "LLAMA2").stdout.splitlines()[1]
     none = llamacli("logs", "--search", "xyzzy")
     assert (none.returncode, none.stdout) == (0, "") and "no session has that text" in one_line(none.stderr)
+    none = llamacli("logs", "--search", "token\udcff")
+    assert (none.returncode, none.stdout) == (0, "") and "--search is not valid UTF-8" in none.stderr
     assert json.loads(llamacli("logs", "--json").stdout)[0]["first"] == "What is a token?"
     assert llamacli("logs", "name", "1", "llama").returncode == 0
     assert "> Tell me about llama2" in llamacli("logs", "show", "llama").stdout
@@ -166,6 +168,19 @@ def test_another_model_may_go_on_and_so_may_another_system_prompt(llamacli: Run,
     shouted = llamacli(*GREEDY, "--session", "a", "-s", "Answer in upper case.", WHO[0])
     assert "the system prompt is another one from now on" in one_line(shouted.stderr)
     assert json.loads(llamacli("logs", "show", "a", "--json").stdout)["system"] == "Answer in upper case."
+
+
+def test_a_session_whose_model_is_gone_says_so_and_another_may_be_named(llamacli: Run, tmp_path: Path) -> None:
+    (model := tmp_path / "gone-chat.gguf").write_bytes(
+        (Path(__file__).parents[1] / "models" / "tiny-llama2-chat.Q8_0.gguf").read_bytes()
+    )
+    llamacli(*GREEDY, "--session", "a", "-m", str(model), ADA[0])
+    model.unlink()
+    for arguments in (("--continue", WHO[0]), ("chat", "--session", "a")):
+        gone = llamacli(*arguments)
+        assert gone.returncode == 5
+        assert f"session a needs {model}, which does not exist any more" in one_line(gone.stderr)
+    assert llamacli(*GREEDY, "--session", "a", "-m", "tiny", WHO[0]).stdout == WHO[1]
 
 
 def test_processes_that_write_at_once_lose_nothing(environment: dict[str, str], llamacli: Run) -> None:

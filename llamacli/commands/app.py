@@ -17,7 +17,7 @@ import typer
 import typer.core
 
 from llamacli import __version__
-from llamacli.commands import keeping, options, serving, talking
+from llamacli.commands import app_chat, app_serve, app_stored, options
 from llamacli.commands.options import CacheSize, JsonFlag, KvType, Model, NoCache, resolved
 from llamacli.config import directories
 from llamacli.errors import LlamacliError, ResourceError
@@ -140,11 +140,11 @@ def leave_only(name: str) -> None:
     """Forget the other commands, when it is known which one is called: to build the parsers of all takes 25 ms."""
     if "_LLAMACLI_COMPLETE" in os.environ or name in ("--help", "-h"):
         return
-    for group in (app, talking.app, serving.app, keeping.app):
+    for group in (app, app_chat.app, app_serve.app, app_stored.app):
         group.registered_commands = [
             each for each in group.registered_commands if name in (each.name, getattr(each.callback, "__name__", None))
         ]
-    for group in (talking.app, keeping.app):
+    for group in (app_chat.app, app_stored.app):
         group.registered_groups = [each for each in group.registered_groups if each.name == name]
 
 
@@ -425,9 +425,9 @@ def doctor(as_json: JsonFlag = False) -> int:
     return command.run(os.environ, as_json=as_json)
 
 
-app.add_typer(talking.app)
-app.add_typer(serving.app)
-app.add_typer(keeping.app)
+app.add_typer(app_chat.app)
+app.add_typer(app_serve.app)
+app.add_typer(app_stored.app)
 
 
 def _settings_names() -> frozenset[str]:

@@ -63,13 +63,13 @@ def run(resolved: Resolved, options: RunOptions, places: Directories, *, is_plai
 
 
 def _prepare_signals(face: Face) -> None:
-    """Ctrl-C is heard; what ends the program leaves the terminal as it was."""
+    """Ctrl-C is heard; what ends the program leaves the terminal as it was, a closed stdout included."""
+    terminal.before_dying(face.close)
 
     def end(number: int, _: FrameType | None) -> None:
-        face.close()
         terminal.die_of(signal.Signals(number))
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -83,7 +83,7 @@ def _face(history: Path | None, notices: Notices, status: Callable[[], str], *, 
         raise UsageError("chat needs a terminal to show what you type: neither stdout nor stderr is one")
     from llamacli.commands.editor import AtTerminal
 
-    return AtTerminal(history, status, sets=not is_plain)
+    return AtTerminal(history, status, notices, sets=not is_plain)
 
 
 class Chat:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import termios
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import TextWrapper
+from types import FrameType
 from typing import Any
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import Application
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import FormattedText
@@ -26,7 +29,7 @@ from llamacli.commands.face import Said, ctrl_c_stops
 from llamacli.commands.rendering import Setting
 from llamacli.commands.resident import Reply, Resident
 from llamacli.commands.slash import COMMANDS, is_open
-from llamacli.commands.terminal import Answer, harmless
+from llamacli.commands.terminal import Answer, Notices, harmless
 
 PROMPT = "> "
 
@@ -41,9 +44,10 @@ class AtTerminal:
 
     is_asked = True
 
-    def __init__(self, history: Path | None, status: Callable[[], str], *, sets: bool) -> None:
+    def __init__(self, history: Path | None, status: Callable[[], str], notices: Notices, *, sets: bool) -> None:
         self._keyboard = _Keyboard()
         self._status = status
+        self._notices = notices
         self._to_stdout = os.isatty(terminal.STDOUT)
         self._sets = sets and self._to_stdout and not is_dumb()
         self._session: PromptSession[str] = PromptSession(
@@ -65,15 +69,16 @@ class AtTerminal:
     def read(self, prefilled: str = "") -> str | None:
         while True:
             try:
-                # Its own handling of SIGINT prints a traceback where the signal comes when a line has just ended.
-                text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False)
+                with _ctrl_c_is_a_key(self._session.app) as begin:
+                    text = self._session.prompt(PROMPT, default=prefilled, handle_sigint=False, pre_run=begin)
             except KeyboardInterrupt:  # clears the line, as in a shell
-                prefilled = ""
+                if prefilled:
+                    return ""
                 continue
             except EOFError:
                 return None
             if text.strip():
-                return text
+                return terminal.decoded(text.encode("utf-8", "surrogateescape"), "what was typed", self._notices)
 
     def answer(self, reply: Reply, resident: Resident) -> Said:
         said = Said()
@@ -95,7 +100,9 @@ class AtTerminal:
         self.show(question)
         while True:
             try:
-                chosen = session.prompt(f"[{'/'.join(choices)}] ", handle_sigint=False).strip().lower()[:1]
+                with _ctrl_c_is_a_key(session.app) as begin:
+                    chosen = session.prompt(f"[{'/'.join(choices)}] ", handle_sigint=False, pre_run=begin)
+                chosen = chosen.strip().lower()[:1]
             except (KeyboardInterrupt, EOFError):
                 return choices[-1]
             if chosen and chosen in choices:
@@ -104,7 +111,7 @@ class AtTerminal:
     def show(self, text: str) -> None:
         where = sys.stdout if self._to_stdout else sys.stderr
         fold = TextWrapper(
-            _window().columns - 1, replace_whitespace=False, drop_whitespace=True, break_on_hyphens=False
+            max(1, _window().columns - 1), replace_whitespace=False, drop_whitespace=True, break_on_hyphens=False
         )
         lines = (line for each in harmless(text).split("\n") for line in fold.wrap(each) or [""])
         where.write("\n".join(lines) + "\n")
@@ -118,6 +125,34 @@ class AtTerminal:
 
     def _write(self, text: str) -> None:
         terminal.write_all(terminal.STDOUT, text.encode("utf-8", "replace"))
+
+
+@contextmanager
+def _ctrl_c_is_a_key(app: Application[str]) -> Iterator[Callable[[], None]]:
+    """While a line is edited. As a signal it comes just before that, or just after: then it is raised at the end.
+
+    Yields what is to be called when the editing begins. Raised at once the signal would break what it meets.
+    """
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def hear(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        if app.is_running and app.loop is not None:  # from elsewhere: kill -INT
+            app.loop.call_soon_threadsafe(end)
+
+    def end() -> None:
+        if app.is_running and not app.is_done:
+            app.exit(exception=KeyboardInterrupt())
+
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, hear)
+    try:
+        yield came.clear
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 class _Commands(Completer):
@@ -184,7 +219,8 @@ def _window() -> os.terminal_size:
 class _Keyboard:
     """What is typed while an answer comes is not shown in the middle of it: it waits for the next line.
 
-    Nothing happens where stdin is no terminal.
+    Whoever has the terminal while this program is stopped finds it as it was. Nothing happens where stdin is no
+    terminal.
     """
 
     def __init__(self) -> None:
@@ -195,8 +231,27 @@ class _Keyboard:
             quiet[0] &= ~termios.ICRNL
             quiet[3] &= ~(termios.ECHO | termios.ICANON)
             termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, quiet)
+            if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, self._stop)
 
     def restore(self) -> None:
-        if self._found is not None:
+        # In the background the terminal is another's, and who sets it is stopped.
+        if self._found is not None and _is_in_front():
             with suppress(termios.error):
                 termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, self._found)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        """Ctrl-Z. Returns when the program goes on."""
+        with suppress(termios.error):
+            ours = termios.tcgetattr(terminal.STDIN)
+            self.restore()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            signal.signal(number, self._stop)
+            termios.tcsetattr(terminal.STDIN, termios.TCSADRAIN, ours)
+
+
+def _is_in_front() -> bool:
+    with suppress(OSError):
+        return os.tcgetpgrp(terminal.STDIN) == os.getpgrp()
+    return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from llamacli.commands import terminal
 from llamacli.commands.resident import Reply, Resident
-from llamacli.commands.slash import is_open
+from llamacli.commands.slash import QUOTES, is_open
 from llamacli.commands.terminal import MAX_INPUT, Answer, Notices
 from llamacli.engine.sequence import Delta
 from llamacli.errors import InputTooLong
@@ -63,7 +63,7 @@ class Face(Protocol):
     is_asked: bool
 
     def read(self, prefilled: str = "") -> str | None:
-        """The next thing that was typed. None at the end."""
+        """The next thing that was typed. None at the end; nothing where what stood there was not to be changed."""
 
     def answer(self, reply: Reply, resident: Resident) -> Said:
         """Show an answer while it comes. Ctrl-C may stop it, which its end then says."""
@@ -78,6 +78,12 @@ class Face(Protocol):
         """Leave everything as it was found."""
 
 
+def _goes_on(lines: Sequence[str]) -> bool:
+    """Whether more lines belong to these: as the last one says, or the first one, of a text in quotes."""
+    last = lines[-1].rstrip("\n")
+    return is_open(QUOTES + last if len(lines) > 1 and lines[0].lstrip().startswith(QUOTES) else last)
+
+
 class Pipe:
     """stdin a line for each question, stdout an answer for each. What else there is to say goes to stderr."""
 
@@ -87,16 +93,18 @@ class Pipe:
         self._notices = notices
 
     def read(self, prefilled: str = "") -> str | None:
-        text = ""
+        lines: list[str] = []
+        n_bytes = 0
         while True:
             raw = sys.stdin.buffer.readline(MAX_INPUT + 1)
-            if len(raw) > MAX_INPUT:
-                raise InputTooLong(f"a line on standard input is longer than {MAX_INPUT >> 20} MiB")
-            text += terminal.decoded(raw, "standard input", self._notices)
-            if not raw:
-                return text if text.strip() else None
-            if text.strip() and not is_open(text.rstrip("\r\n")):
-                return text.rstrip("\r\n")
+            n_bytes += len(raw)
+            if n_bytes > MAX_INPUT:
+                raise InputTooLong(f"a question on standard input is longer than {MAX_INPUT >> 20} MiB")
+            line = terminal.decoded(raw, "standard input", self._notices).replace("\r\n", "\n")
+            if lines or line.strip():
+                lines.append(line)
+            if not raw or (lines and not _goes_on(lines)):
+                return "".join(lines).rstrip("\n") or None
 
     def answer(self, reply: Reply, resident: Resident) -> Said:
         answer, said = Answer(), Said()

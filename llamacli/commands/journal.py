@@ -18,7 +18,7 @@ from llamacli.commands.deliver import Source
 from llamacli.commands.question import RunOptions, Texts
 from llamacli.commands.terminal import Notices
 from llamacli.config import Directories, Resolved, Settings
-from llamacli.errors import LlamacliError, UsageError
+from llamacli.errors import LlamacliError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from llamacli.models.store import ModelFile
@@ -79,6 +79,12 @@ def known_as(file: ModelFile) -> str:
 def in_context(session: Session, turns: Sequence[Turn]) -> list[Turn]:
     """Those that the model is to see."""
     return [turn for turn in turns if turn.answer is not None and turn.id >= session.start]
+
+
+def say_who_goes_on(session: Session, file: ModelFile, turns: Sequence[Turn], notices: Notices) -> None:
+    """If it is another model."""
+    if session.model not in (None, known_as(file)) and turns:
+        notices.say(f"session {session.reference}: {file.name} goes on with what {session.model} has begun")
 
 
 class Journal:
@@ -142,10 +148,14 @@ class Journal:
         return settings
 
     def meet(self, file: ModelFile) -> None:
-        """Say so if it is another model that goes on."""
-        session = self.session
-        if session is not None and session.model not in (None, known_as(file)) and self.turns:
-            self._notices.say(f"session {session.reference}: {file.name} goes on with what {session.model} has begun")
+        """Say so if it is another model that goes on. Raises ModelError where the session's own is gone."""
+        if self.session is not None:
+            if self.session.model == known_as(file) and not file.path.exists():
+                raise ModelError(
+                    f"session {self.session.reference} needs {file.path}, which does not exist any more: put it back, "
+                    "or name another model with -m"
+                )
+            say_who_goes_on(self.session, file, self.turns, self._notices)
 
     def write(self, heard: Heard, told: Answering, texts: Texts, system: str | None, *, is_over: bool) -> None:
         """Write the answer down, as far as there is one. Who reads stdout need not wait for it.

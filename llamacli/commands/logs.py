@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +24,7 @@ def show_list(path: Path, notices: Notices, *, limit: int, text: str | None, as_
         raise UsageError(f"--limit must be 1 or more, not {limit}")
     if text is not None and not text.strip():
         raise UsageError("--search looks for a text: it is empty")
+    text = text and terminal.decoded(text.encode("utf-8", "surrogateescape"), "--search", notices)
     listings: list[Listing] = []
     if path.exists():
         with Archive(path) as archive:
@@ -76,7 +76,7 @@ def titles(listings: list[Listing]) -> str:
 
 def rename(path: Path, reference: str, name: str) -> int:
     with closing(_there(path, reference)) as archive:
-        archive.keep(replace(archive.find(reference), name=name))
+        archive.keep(archive.find(reference), name)
     return 0
 
 

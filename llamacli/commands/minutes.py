@@ -31,13 +31,15 @@ class Minutes:
         self._path = path
         self._notices = notices
         self._writes = self._writes_always = writes
-        self._unwritten: list[Turn] = []
+        self._unwritten: list[Turn] = []  # answered, the oldest first
+        self._withdrawn: list[int] = []  # ids of turns that are still part of the conversation in the file
         self._ids: dict[float, int] = {}  # of turns, by the time they were asked
+        self._last_dropped = 0.0  # when the turn was asked behind which the conversation begins, if it has no id yet
         self._said = ""
 
     def id_of(self, turn: Turn) -> int:
         """0 while it is not written."""
-        return turn.id or self._ids.get(turn.asked, 0)
+        return self._ids.get(turn.asked, turn.id)
 
     def asked(self, question: str, model: str) -> Turn:
         """A turn without an answer. A process that is killed now loses the answer and not the question."""
@@ -47,18 +49,21 @@ class Minutes:
         return self._try(lambda archive: self._add(archive, turn), turn)
 
     def answered(self, turn: Turn) -> None:
-        if not turn.id:
-            self._unwritten.append(turn)  # its question could not be written, either
-        if self._writes:
-            self._try(lambda archive: self._answer(archive, turn), None)
+        self._unwritten.append(turn)
+        self._catch_up()
 
     def withdrawn(self, turn: Turn) -> None:
         """The turn is no part of the conversation any more."""
+        self._unwritten = [other for other in self._unwritten if other.asked != turn.asked]
+        if written := self.id_of(turn):
+            self._withdrawn.append(written)
+            self._catch_up()
+
+    def begins_behind(self, turn: Turn, summary: str | None) -> None:
+        """This turn and those before it had no room in the context any more."""
         written = self.id_of(turn)
-        if not written:
-            self._unwritten = [other for other in self._unwritten if other.asked != turn.asked]
-        elif self._writes:
-            self._try(lambda archive: archive.replaced(written), None)
+        self._last_dropped = 0.0 if written else turn.asked
+        self.change(start=written + 1 if written else self.session.start, summary=summary)
 
     def change(self, **changes: Any) -> None:
         """What is known of the session. Written with its first turn, if there is none so far."""
@@ -69,40 +74,52 @@ class Minutes:
     def begin_writing(self, name: str | None) -> None:
         """From now on, under this name. Raises LlamacliError where it cannot be kept."""
         with Archive(self._path) as archive:
-            self.session = archive.keep(replace(self.session, name=name or self.session.name))
+            self.session = archive.keep(self.session, name)
             self._writes = True
             self._make_up(archive)
 
+    def end(self) -> None:
+        """The conversation ends: what could not be written so far is tried once more, and said if it is lost."""
+        self._catch_up()
+        if self._writes and self._unwritten:
+            n = len(self._unwritten)
+            self._notices.say(f"the last {'answer is' if n == 1 else f'{n} answers are'} not kept")
+        self._unwritten, self._withdrawn = [], []
+
     def turn_to(self, session: Session) -> None:
         """Keep another session from now on."""
+        self.end()
         self.session = session
         self._writes = self._writes_always
-        self._unwritten = []
 
     def open(self) -> Archive:
         return Archive(self._path)
 
     def _add(self, archive: Archive, turn: Turn) -> Turn:
         self._make_up(archive)
-        return self._added(archive, turn)
+        return self._written(archive, turn)
 
-    def _added(self, archive: Archive, turn: Turn) -> Turn:
-        self.session, turn = archive.add(self.session, turn)
+    def _written(self, archive: Archive, turn: Turn) -> Turn:
+        self.session, turn = (archive.answer if turn.id else archive.add)(self.session, turn)
         self._ids[turn.asked] = turn.id
+        if turn.asked == self._last_dropped:
+            self.session = replace(self.session, start=turn.id + 1)
         return turn
-
-    def _answer(self, archive: Archive, turn: Turn) -> None:
-        self._make_up(archive)
-        if turn.id:
-            archive.answer(self.session, turn)
 
     def _keep(self, archive: Archive) -> None:
         self.session = archive.keep(self.session)
 
     def _make_up(self, archive: Archive) -> None:
         while self._unwritten:
-            self._added(archive, self._unwritten[0])
+            self._written(archive, self._unwritten[0])
             del self._unwritten[0]
+        while self._withdrawn:
+            archive.replaced(self._withdrawn[0])
+            del self._withdrawn[0]
+
+    def _catch_up(self) -> None:
+        if self._writes and (self._unwritten or self._withdrawn):
+            self._try(self._make_up, None)
 
     def _try(self, write: Callable[[Archive], T], otherwise: T) -> T:
         try:

@@ -132,7 +132,8 @@ def markdown(text: str, width: int) -> str:
     from rich.markdown import Markdown
 
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-    parser.disable(["image", "reference"])  # a terminal has no pictures, and a link may stand in another part
+    # A terminal has no pictures; a link may stand in another part; an entity may be a character that does harm.
+    parser.disable(["image", "reference", "entity"])
     tokens = parser.parse(text)
     for token in tokens:
         for child in token.children or ():

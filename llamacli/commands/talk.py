@@ -15,7 +15,7 @@ from llamacli import launch as launching
 from llamacli.commands import question as asking
 from llamacli.commands.deliver import EXIT_CUT
 from llamacli.commands.face import Face, Said
-from llamacli.commands.journal import in_context, known_as
+from llamacli.commands.journal import in_context, known_as, say_who_goes_on
 from llamacli.commands.minutes import Minutes
 from llamacli.commands.obtain import models_in, obtain, obtain_draft
 from llamacli.commands.question import RunOptions
@@ -150,8 +150,8 @@ class Talk:
     def again(self, text: str | None = None) -> None:
         """Answer the last question once more, or another one in its place."""
         if self.unanswered is not None:
-            old, self.unanswered = self.unanswered, None
-            self._replace(old, text or old.question, self.settings.seed, lambda: None)
+            lost, self.unanswered = self.unanswered, None
+            self._replace(lost, text or lost.question, self.settings.seed, lambda: self._give_up(lost))
             return
         if not self.turns:
             raise UsageError("nothing was asked so far")
@@ -161,6 +161,10 @@ class Talk:
         def put_back() -> None:
             self.turns.append(old)
             conversation.add(exchange)
+            if self.unanswered is not None:
+                self.minutes.withdrawn(self.unanswered)
+                self.unanswered = None
+                self._notices.say("the question and the answer that were there stay")
 
         if text is None and self.settings.temperature == 0:
             self._notices.say("at --temperature 0 the answer is the same again")
@@ -168,14 +172,21 @@ class Talk:
         self._replace(old, text or old.question, seed, put_back)
 
     def _replace(self, old: Turn, text: str, seed: int | None, put_back: Callable[[], None]) -> None:
-        n_before = len(self.turns)
+        last = self.turns[-1] if self.turns else None
         try:
             self._ask(text, seed)
         finally:
-            if len(self.turns) > n_before:
+            if self.turns and self.turns[-1] is not last:
                 self.minutes.withdrawn(old)
             else:
                 put_back()
+
+    def _give_up(self, lost: Turn) -> None:
+        """A question without an answer was asked again, and has none again; or was not even sent."""
+        if self.unanswered is None:
+            self.unanswered = lost
+        else:
+            self.minutes.withdrawn(lost)
 
     @property
     def last_question(self) -> str:
@@ -229,10 +240,10 @@ class Talk:
             cached_tokens=end.usage.cached_tokens,
             seed=params.seed,
         )
-        self.minutes.answered(turn)
         self.unanswered = None
         self.turns.append(turn)
         conversation.add(Exchange(turn.question, text, said.tokens))
+        self.minutes.answered(turn)  # last: Ctrl-C costs no answer then
         self._n_tokens = end.usage.prompt_tokens + end.usage.completion_tokens
         self._n_cached = end.usage.cached_tokens
         self._notices.detail(
@@ -267,9 +278,8 @@ class Talk:
             chosen = {"d": "drop", "s": "summarise"}[letter]
         summary = self._summary(conversation, n) if chosen == "summarise" else None
         conversation.forget(n, summary)
-        last = self.minutes.id_of(self.turns[n - 1])
+        self.minutes.begins_behind(self.turns[n - 1], conversation.summary)
         del self.turns[:n]
-        self.minutes.change(start=last + 1 if last else self.minutes.session.start, summary=conversation.summary)
         self._notices.say(
             f"the context is full: the {turns} {'is' if n == 1 else 'are'} left out from now on"
             + (f", in short: {summary}" if summary else "")
@@ -322,7 +332,8 @@ class Talk:
         """Go on with another conversation. What is computed of this one goes to the disk, if it is kept at all."""
         if self.minutes.session.id:
             self._resident.save()
-        self.minutes.turn_to(session)
+        say_who_goes_on(session, self.file, turns, self._notices)
+        self.minutes.turn_to(replace(session, model=known_as(self.file)))
         self.take_up(session, turns)
 
     def take_up(self, session: Session, turns: list[Turn]) -> None:
@@ -362,5 +373,6 @@ class Talk:
 
     def leave(self) -> None:
         """Store what is computed, for whoever goes on with this session. Ctrl-C does without."""
+        self.minutes.end()
         if self.minutes.session.id and self._resident.is_ready:
             self._resident.save().wait()

@@ -10,6 +10,7 @@ import select
 import signal
 import stat
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
@@ -91,8 +92,18 @@ def end_stdout() -> None:
         os.close(nowhere)
 
 
+_LAST: list[Callable[[], None]] = []
+
+
+def before_dying(action: Callable[[], None]) -> None:
+    """What die_of() does first."""
+    _LAST.append(action)
+
+
 def die_of(number: signal.Signals) -> None:
     """End as a program that does not know this signal: at once, silently, and so that the shell can tell."""
+    for action in _LAST:
+        action()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # only reached if our parent has blocked the signal

@@ -9,7 +9,10 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+Lesson = tuple[str, "array[int] | None"]  # an answer, and its tokens if they are known
 
 MAX_TOKENS = 1 << 20  # of all answers that are remembered: 4 MiB
 _OVERHEAD = 64  # what an entry takes beside its tokens, in tokens
@@ -22,6 +25,7 @@ class Recall:
         self._room = max_tokens
         self._answers: OrderedDict[tuple[str, bytes], array[int]] = OrderedDict()  # least recently used first
         self._n_texts: dict[str, int] = {}  # how often each text has been the answer to something
+        self._lessons: list[Lesson] = []  # the next one last
         self._lock = threading.Lock()
 
     def note(self, prompt: array[int], answer: array[int], text: str) -> None:
@@ -36,19 +40,40 @@ class Recall:
             while self._room < 0:
                 self._drop(next(iter(self._answers)))
 
+    @contextmanager
+    def learning(self, answers: Sequence[Lesson]) -> Iterator[None]:
+        """Note these answers, in the order in which they stand in the one prompt that is built meanwhile.
+
+        To note() each would take a prompt for each of them.
+        """
+        self._lessons = [(text.strip(), tokens) for text, tokens in reversed(answers)]
+        try:
+            yield
+        finally:
+            self._lessons = []
+
     def knows(self, text: str) -> bool:
         """Whether this text has been the answer to anything: cheap, before a prompt is made for continued()."""
-        return text.strip() in self._n_texts
+        return text.strip() in self._n_texts or bool(self._lessons)
 
     def continued(self, prompt: array[int], text: str) -> array[int] | None:
         """The prompt with the answer's own tokens behind it; None if it is not what this prompt was answered."""
         key = text.strip(), _digest(prompt)
+        self._learn(prompt, key[0])
         with self._lock:
             answer = self._answers.get(key)
             if answer is None:
                 return None
             self._answers.move_to_end(key)
             return prompt + answer
+
+    def _learn(self, prompt: array[int], said: str) -> None:
+        at = next((i for i in reversed(range(len(self._lessons))) if self._lessons[i][0] == said), None)
+        if at is not None:
+            tokens = self._lessons[at][1]
+            del self._lessons[at:]
+            if tokens is not None:
+                self.note(prompt, tokens, said)
 
     def _drop(self, key: tuple[str, bytes]) -> None:
         answer = self._answers.pop(key, None)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import NamedTuple
+from unicodedata import normalize
 
 from llamacli.database import Database, Layout, Row
 from llamacli.errors import UsageError
@@ -42,6 +43,7 @@ _LAYOUT = Layout(
     tables=_TABLES,
     remedy="move it and its -wal and -shm files away (a new one is made by itself), or put a backup in its place",
 )
+_MOST = 2**63 - 1  # what an integer of SQLite holds
 _SESSION = "id, name, model, system, created, updated, start, summary"
 _ANSWER = "answer, tokens, model, answered, finish_reason, prompt_tokens, completion_tokens, cached_tokens, seed"
 
@@ -70,7 +72,7 @@ class Archive(Database):
         return self._one("ORDER BY updated DESC, id DESC LIMIT 1")
 
     def named(self, name: str) -> Session | None:
-        return self._one("WHERE folded = ?", name.strip().casefold())
+        return self._one("WHERE folded = ?", _folded(name))
 
     def find(self, reference: str) -> Session:
         """By name or id. Raises UsageError where there is none."""
@@ -108,7 +110,7 @@ class Archive(Database):
             others = "instr(folded(s.name), ?1) OR instr(folded(s.system), ?1) OR instr(folded(s.summary), ?1)"
             query += f", ({hit}) AS hit FROM sessions s WHERE hit IS NOT NULL OR {others}"
             values = (needle,)
-        rows = self.read(f"{query} ORDER BY s.updated DESC, s.id DESC LIMIT {limit}", values)
+        rows = self.read(f"{query} ORDER BY s.updated DESC, s.id DESC LIMIT {min(limit, _MOST)}", values)
         return [Listing(_session(row[:8]), *row[8:]) for row in rows]
 
     # -- writing --
@@ -121,33 +123,37 @@ class Archive(Database):
         now = time()
         turn = replace(turn, asked=turn.asked or now)
         with self.transaction():
-            session = self._written(replace(session, updated=now))
+            session = self._written(self._as_left(replace(session, updated=now)))
             values = (session.id, turn.question, turn.asked, *_answer(turn))
             marks = ", ".join("?" * len(values))
             statement = f"INSERT INTO turns (session, question, asked, {_ANSWER}) VALUES ({marks})"
             turn = replace(turn, id=self.insert(statement, _safe(values)))
         return session, turn
 
-    def answer(self, session: Session, turn: Turn) -> None:
-        """Write the answer to a turn that was added without one."""
+    def answer(self, session: Session, turn: Turn) -> tuple[Session, Turn]:
+        """Write the answer to a turn that was added without one; as add() does if the turn is not there any more."""
         columns = ", ".join(f"{name} = ?" for name in _ANSWER.split(", "))
+        if not self.read("SELECT 1 FROM turns WHERE id = ? AND asked = ?", (turn.id, turn.asked)):
+            return self.add(session, replace(turn, id=0))
         with self.transaction():
             self.write(f"UPDATE turns SET {columns} WHERE id = ?", [_safe((*_answer(turn), turn.id))])
             self.write("UPDATE sessions SET updated = ? WHERE id = ?", [(time(), session.id)])
+        return session, turn
 
     def replaced(self, turn: int) -> None:
         """The turn of this id is no part of its conversation any more."""
         with self.transaction():
             self.write("UPDATE turns SET is_replaced = 1 WHERE id = ?", [(turn,)])
 
-    def keep(self, session: Session) -> Session:
-        """Write what is known of a session. Raises UsageError for a name that another one has."""
+    def keep(self, session: Session, name: str | None = None) -> Session:
+        """Write what is known of a session, under a new name if there is one. UsageError for one that another has."""
         with self.transaction():
-            if session.name is not None:
-                other = self.named(checked_name(session.name))
-                if other is not None and other.id != session.id:
-                    raise UsageError(f"there is a session {session.name!r} already: say another name")
-            return self._written(session)
+            if name is None:
+                return self._written(self._as_left(session))
+            other = self.named(checked_name(name))
+            if other is not None and other.id != session.id:
+                raise UsageError(f"there is a session {name!r} already: say another name")
+            return self._written(replace(session, name=checked_name(name)))
 
     def remove(self, session: Session) -> None:
         self._forget("WHERE session = ?", "WHERE id = ?", (session.id,))
@@ -165,14 +171,23 @@ class Archive(Database):
             self.write(f"DELETE FROM sessions {sessions}", [values])
         self.read("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def _as_left(self, session: Session) -> Session:
+        """With the name that it has by now; one that is not there any more goes on as the one with its name.
+
+        Only within a transaction: other processes name and remove sessions, too. The file may be another one, where
+        the id is another session's.
+        """
+        found = self._one("WHERE id = ? AND created = ?", session.id, session.created) if session.id else None
+        if found is None and session.name is not None:
+            found = self.named(session.name)
+        if found is None:
+            return replace(session, id=0)
+        return replace(session, id=found.id, name=found.name, created=found.created)
+
     def _written(self, session: Session) -> Session:
         """Only within a transaction."""
-        if not session.id and session.name is not None:
-            found = self.named(session.name)
-            if found is not None:
-                session = replace(session, id=found.id, created=found.created)
         session = replace(session, created=session.created or time())
-        folded = session.name.casefold() if session.name is not None else None
+        folded = _folded(session.name) if session.name is not None else None
         values = _safe(
             (
                 *(session.id or None, session.name, session.model, session.system),
@@ -191,6 +206,11 @@ class Archive(Database):
     def _one(self, where: str, *values: object) -> Session | None:
         rows = self.read(f"SELECT {_SESSION} FROM sessions {where}", _safe(values))
         return _session(rows[0]) if rows else None
+
+
+def _folded(name: str) -> str:
+    """As names are compared: an accent may be typed as a character of its own, or with its letter."""
+    return normalize("NFC", name.strip().casefold())
 
 
 def _session(row: Row) -> Session:

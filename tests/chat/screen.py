@@ -88,6 +88,12 @@ class Terminal:
         flags: int = termios.tcgetattr(self._master)[3]
         return bool(flags & termios.ECHO and flags & termios.ICANON)
 
+    @property
+    def signals(self) -> bool:
+        """Whether Ctrl-C is a signal now, and no key that the program reads."""
+        flags: int = termios.tcgetattr(self._master)[3]
+        return bool(flags & termios.ISIG)
+
     def type(self, text: str, *keys: str) -> None:
         self._send(text + "".join(KEYS[key] for key in keys))
 
@@ -101,6 +107,13 @@ class Terminal:
             assert time.monotonic() < deadline, f"{what} has not come:\n{self.text}"
             assert self._read(0.2) is not None, f"ended without {what}:\n{self.text}"
         return self.text
+
+    def wait_until(self, what: Callable[[], object]) -> None:
+        """Until something is so that the screen does not show."""
+        deadline = time.monotonic() + PATIENCE
+        while not what():
+            assert time.monotonic() < deadline, f"it does not come:\n{self.text}"
+            assert self._read(0.1) is not None, f"ended:\n{self.text}"
 
     def press_until(self, key: str, what: Callable[[str], object]) -> None:
         """Again and again: what was typed before is loaded a moment after the line is there to be typed at."""
@@ -121,7 +134,7 @@ class Terminal:
         return self._code
 
     def _send(self, text: str) -> None:
-        os.write(self._master, text.encode())
+        os.write(self._master, text.encode("utf-8", "surrogateescape"))
 
     def _read(self, seconds: float) -> bytes | None:
         """None when the program has closed its side."""

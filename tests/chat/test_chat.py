@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -214,6 +216,70 @@ def test_each_command_does_what_help_says(environment: dict[str, str], tmp_path:
     assert logged(llamacli, "2")["turns"][0]["answer"] == NICE
 
 
+def test_an_answer_stays_where_another_one_was_stopped_before_it_began(
+    environment: dict[str, str], slow_model: Path, llamacli: Run
+) -> None:
+    with Terminal([*CHAT, "-m", str(slow_model), "-n", "20"], environment) as terminal:
+        terminal.wait_for("0 of 4,096 tokens")
+        terminal.type("Sing!", "enter")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("Sing!")[2]))
+        terminal.type(f"\x1b[200~/edit {'Sing, and loud. ' * 600}\x1b[201~", "enter")
+        terminal.wait_until(lambda: len(logged(llamacli)["turns"]) == 2)
+        terminal.press("c-c")
+        terminal.wait_for("the question and the answer that were there stay")
+        terminal.type("/retry", "enter")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("/retry")[2]))
+    assert [turn["question"] for turn in logged(llamacli)["turns"]] == ["Sing!"]
+
+
+def test_sigint_from_elsewhere_clears_the_line_as_ctrl_c_does(environment: dict[str, str]) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        for i in range(8):
+            terminal.type(f"not this {i}")
+            terminal.wait_for(f"not this {i}")
+            os.kill(terminal.pid, signal.SIGINT)
+            terminal.wait_for(partial(_is_cleared, f"not this {i}"))
+            terminal.press("enter", "c-c")
+        for _ in range(300):  # also while a line is only about to be there
+            os.kill(terminal.pid, signal.SIGINT)
+            time.sleep(0.003)
+        said(terminal, ADA, NICE)
+        terminal.press("c-d")
+        assert terminal.end() == 0
+        assert b"Traceback" not in terminal.raw and b"Warning" not in terminal.raw
+
+
+def _is_cleared(line: str, text: str) -> bool:
+    return is_waiting(text.rpartition(line)[2])
+
+
+def test_ctrl_c_with_enter_sends_nothing(environment: dict[str, str], slow_model: Path, llamacli: Run) -> None:
+    with Terminal([*CHAT, "-m", str(slow_model), "-n", "20"], environment, columns=200, lines=70) as terminal:
+        terminal.wait_for("0 of 4,096 tokens")
+        terminal.type(f"\x1b[200~{'Sing, and loud. ' * 600}\x1b[201~", "enter")
+        terminal.wait_until(lambda: terminal.signals)
+        terminal.press("c-c")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("loud.")[2]))
+        terminal.press("c-d")
+        assert terminal.end() == 0
+    assert "nothing was logged" in llamacli("logs").stderr or logged(llamacli)["turns"][0]["answer"] is None
+
+
+def test_ctrl_c_while_the_last_question_is_changed_leaves_it_and_its_answer(
+    environment: dict[str, str], llamacli: Run
+) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        said(terminal, ADA, NICE)
+        terminal.type("/edit", "enter")
+        terminal.wait_for(lambda text: f"> {ADA}" in text.rpartition("/edit")[2])
+        terminal.press("c-c")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("/edit")[2]))
+        said(terminal, WHO, YOURS)
+    assert [turn["question"] for turn in logged(llamacli)["turns"]] == [ADA, WHO]
+
+
 def test_a_session_goes_on_in_a_second_process_with_what_was_computed(environment: dict[str, str]) -> None:
     with Terminal([*CHAT, "--session", "a"], environment) as terminal:
         terminal.wait_for("0 of 1,024 tokens")
@@ -263,13 +329,60 @@ def _has_scrolled_past(n: int, text: str) -> bool:
     return text.count("/model ") > n and "tokens" not in text.rpartition("/model ")[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_what_ends_it_leaves_the_terminal_as_it_was(number: signal.Signals, environment: dict[str, str]) -> None:
     with Terminal(CHAT, environment) as terminal:
         terminal.wait_for("0 of 1,024 tokens")
         assert not terminal.echoes
         os.kill(terminal.pid, number)
         assert terminal.end() == -number and terminal.echoes
+
+
+def test_a_stdout_that_is_closed_leaves_the_terminal_as_it_was(environment: dict[str, str]) -> None:
+    with Terminal(["sh", "-c", '"$@" | head -n 1; sleep 60', "-", *CHAT], environment) as terminal:
+        terminal.wait_for(">")
+        terminal.type(ADA, "enter")
+        terminal.wait_for(NICE)
+        assert not terminal.echoes
+        terminal.type(WHO, "enter")
+        terminal.wait_until(lambda: terminal.echoes)
+
+
+@pytest.mark.skipif(shutil.which("dash") is None, reason="other shells put the terminal right themselves")
+def test_ctrl_z_leaves_the_terminal_as_it_was_and_a_stopped_chat_goes_on_or_ends(
+    environment: dict[str, str], slow_model: Path
+) -> None:
+    with Terminal(["dash", "-i"], environment | {"PS1": "$ ", "ENV": ""}, columns=200) as terminal:
+        terminal.wait_for("$")
+        terminal.type(" ".join([*CHAT, "-m", str(slow_model)]), "enter")
+        terminal.wait_for("of 4,096 tokens")
+        terminal.type("Sing!", "enter")
+        terminal.wait_for(lambda text: len(text.partition("Sing!")[2]) > 200)
+        terminal.type("\x1a")
+        terminal.wait_until(lambda: terminal.echoes)
+        terminal.type("fg", "enter")
+        terminal.wait_until(lambda: not terminal.echoes)
+        terminal.press("c-c")
+        terminal.wait_for(lambda text: "of 4,096 tokens" in text.rpartition("fg")[2])
+        terminal.type("\x1a")
+        terminal.wait_until(lambda: terminal.echoes)
+        terminal.type("kill %1; kill -CONT %1; while kill -0 %1; do sleep 0.1; done; echo it is o''ver", "enter")
+        terminal.wait_for("it is over")
+
+
+def test_bytes_that_are_no_text_are_said_and_a_window_may_be_one_column_wide(
+    environment: dict[str, str], llamacli: Run
+) -> None:
+    with Terminal(CHAT, environment) as terminal:
+        terminal.wait_for("0 of 1,024 tokens")
+        terminal.type("Say \udcff", "enter")
+        terminal.wait_for("what was typed is not valid UTF-8")
+        terminal.wait_for(lambda text: is_waiting(text.rpartition("times)")[2]))
+        terminal.resize(1, 24)
+        terminal.type("/help", "enter")
+        terminal.type("/quit", "enter")
+        assert terminal.end() == 0
+    assert logged(llamacli)["turns"][0]["question"] == "Say \ufffd"
 
 
 def test_a_dumb_terminal_gets_no_control_sequences_with_an_answer(environment: dict[str, str]) -> None:
@@ -314,6 +427,16 @@ def test_a_line_is_a_question_and_an_answer_is_bare(llamacli: Run) -> None:
     assert [turn["question"] for turn in logged(llamacli)["turns"]] == [ADA, "What is\nmy name?", "/quit", WHO]
 
 
+def test_a_text_of_many_lines_is_read_line_by_line_and_comes_to_an_end(llamacli: Run) -> None:
+    done = chat(llamacli, "-n", "1", input='first\\\r\nsecond\r\n"""a\n\nb\\\nc"""\nx\\\\\n"""open\n')
+    asked = [turn["question"] for turn in logged(llamacli)["turns"]]
+    assert done.returncode == 0 and asked[1:] == ["a\n\nb\\\nc", "x\\\\", "open"]
+    assert asked[0] == "first\nsecond"
+    for line in (f"{'a' * 999}\\\n", f'"""{"a" * 999}\n'):
+        endless = chat(llamacli, input=line * ((16 << 20) // len(line) + 1))
+        assert endless.returncode == 4 and "longer than 16 MiB" in endless.stderr
+
+
 def test_commands_work_in_a_pipe_and_the_first_error_ends_it(llamacli: Run) -> None:
     done = chat(
         llamacli, "--no-log", input=f"/system Answer in one word.\nWhat is the capital of France?\n/quit\n{WHO}\n"
@@ -351,12 +474,47 @@ def test_a_full_context_is_an_error_in_a_pipe_unless_it_was_said_what_goes(polic
     assert chat(llamacli, "-c", "256", "--continue", "--when-full", policy, input="Thanks!\n").returncode == 0
 
 
+def test_a_question_in_other_words_takes_the_place_of_the_last_one_where_older_ones_had_to_go(llamacli: Run) -> None:
+    lines = "".join(f"My name is Ada, and {i} is a number.\n" for i in range(3))
+    longer = "My name is Ada, and " + "1 is a number, and " * 12
+    small = ("-c", "192", "-n", "24", "--when-full", "drop")
+    done = chat(llamacli, *small, input=f"{lines}/edit {longer}\n/retry\n")
+    assert done.returncode == 0 and "left out from now on" in done.stderr
+    turns = [(turn["question"].strip(), turn["in_context"]) for turn in logged(llamacli)["turns"]]
+    assert len(turns) == 3 and turns[0] == ("My name is Ada, and 0 is a number.", False)
+    assert turns[-1] == (longer.strip(), True) and turns[1][0] == "My name is Ada, and 1 is a number."
+
+
+def test_a_question_that_was_not_sent_again_is_still_the_one_that_has_no_answer(
+    environment: dict[str, str], data: Path, llamacli: Run
+) -> None:
+    llamacli("--temperature", "0", "--session", "a", ADA)
+    with sqlite3.connect(data / "sessions.sqlite3") as connection:
+        connection.execute("INSERT INTO turns (session, question, tokens, asked) VALUES (1, ?, x'', 1)", (WHO,))
+    with Terminal([*CHAT, "--session", "a", "-c", "256"], environment) as terminal:
+        terminal.wait_for("of 256 tokens")
+        terminal.type("/edit " + "x " * 300, "enter")
+        terminal.wait_for("the question alone is")
+        said(terminal, "/retry", YOURS)
+    assert [turn["question"] for turn in logged(llamacli, "a")["turns"]] == [ADA, WHO]
+
+
 def test_each_turn_computes_only_what_is_new(llamacli: Run) -> None:
     chat(llamacli, "--temperature", "2", "--top-p", "1", "-n", "40", input="Sing!\nLouder!\nOnce more!\nThanks!\n")
     turns = [turn["usage"] for turn in logged(llamacli)["turns"]]
     for before, after in pairwise(turns):
         held = before["prompt_tokens"] + before["completion_tokens"]
         assert held - 1 <= after["cached_tokens"] <= held, "the last token of an answer that was cut is not computed"
+
+
+def test_a_session_that_another_model_has_begun_is_said_to_be_and_belongs_to_the_one_that_goes_on(
+    llamacli: Run, tmp_path: Path
+) -> None:
+    (copy := tmp_path / "other-chat.gguf").symlink_to(Path(__file__).parents[2] / "models/tiny-llama2-chat.Q8_0.gguf")
+    chat(llamacli, "--session", "a", "-m", str(copy), input=f"{ADA}\n")
+    done = chat(llamacli, input=f"/load a\n{WHO}\n")
+    assert done.stdout == f"{YOURS}\n" and f"tiny goes on with what {copy.resolve()} has begun" in done.stderr
+    assert logged(llamacli, "a")["model"] == "tiny"
 
 
 def test_a_smaller_model_writes_ahead_in_a_chat_too(llamacli: Run) -> None:

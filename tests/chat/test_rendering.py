@@ -115,6 +115,7 @@ def test_nothing_that_was_said_is_left_out() -> None:
         "[bold]",
         ":smile:",
         "1 < 2",
+        "&lt;b&gt;",
     ]
     for text in said:
         shown = " ".join(Window(70, 20).answer([f"So {text} it is"]))
@@ -126,6 +127,8 @@ def test_control_characters_of_the_model_do_nothing(sets: bool) -> None:
     window = Window(60, 12)
     shown = window.answer(["Hello\x1b[2J\x1b]0;title\x07 \x9b31m\u202e there\r!\n\n`\x1b[1m`"], sets=sets)
     assert shown[0] == "Hello^[[2J^[]0;title^G <U+009B>31m<U+202E> there^M!"
+    shown = Window(60, 12).answer(["&#x202e;a&rlm;b&#13;c&#27;d"], sets=sets)
+    assert shown == ["&#x202e;a&rlm;b&#13;c&#27;d"]
     written = "".join(window.writes)
     assert "\x1b]" not in written and "\x1b[2J" not in written and "\x9b" not in written
 

@@ -64,6 +64,43 @@ def test_a_session_that_was_removed_meanwhile_does_not_cost_the_answer(path: Pat
         assert [turn.answer for turn in archive.turns(archive.find("a"))] == ["Meta."]
 
 
+def test_an_answer_to_a_question_that_was_removed_meanwhile_is_kept_with_it(path: Path) -> None:
+    with Archive(path) as archive:
+        session, turn = archive.add(Session(name="a"), Turn(question="Why?"))
+        archive.clear()
+        archive.answer(session, replace(turn, answer="Because."))
+        assert [(each.question, each.answer) for each in archive.turns(archive.find("a"))] == [("Why?", "Because.")]
+
+
+def test_in_a_file_that_was_put_in_the_place_of_theirs_conversations_do_not_mix(path: Path) -> None:
+    with Archive(path) as archive:
+        session, turn = archive.add(Session(), Turn(question="Why?"))
+    path.rename(path.with_suffix(".old"))
+    with Archive(path) as archive:
+        other, others = archive.add(Session(name="b"), QUESTION)
+        assert (other.id, others.id) == (session.id, turn.id)
+        archive.answer(session, replace(turn, answer="Because."))
+        session, _ = archive.add(session, QUESTION)
+        assert archive.turns(other) == [others] and archive.find("b").id == other.id != session.id
+
+
+def test_a_name_that_was_given_or_taken_meanwhile_stays_and_does_not_cost_the_answer(path: Path) -> None:
+    with Archive(path) as archive:
+        session, _ = archive.add(Session(name="a"), QUESTION)
+        archive.keep(archive.find("a"), "b")
+        other, _ = archive.add(Session(name="a"), QUESTION)
+        session, _ = archive.add(session, QUESTION)
+        archive.keep(session)
+        assert (session.name, len(archive.turns(archive.find("b"))), len(archive.turns(archive.find("a")))) == (
+            "b",
+            2,
+            1,
+        )
+        archive.remove(session)
+        again, _ = archive.add(replace(session, name="a"), QUESTION)
+        assert again.id == other.id and len(archive.turns(other)) == 2
+
+
 def test_search_finds_any_case_of_any_script_in_all_that_was_said(path: Path) -> None:
     with Archive(path) as archive:
         archive.add(Session(), replace(QUESTION, question="Grüße an ÖZGÜR 100%"))
@@ -96,10 +133,23 @@ def test_a_name_that_is_taken_and_a_session_that_is_not_there_are_refused(path: 
         archive.add(Session(name="a"), QUESTION)
         session, _ = archive.add(Session(), QUESTION)
         with pytest.raises(UsageError, match="already"):
-            archive.keep(replace(session, name="A"))
+            archive.keep(session, "A")
         for reference in ("b", "99", "9" * 30, ""):
             with pytest.raises(UsageError, match="there is no session"):
                 archive.find(reference)
+
+
+def test_a_name_is_the_same_however_it_is_typed(path: Path) -> None:
+    with Archive(path) as archive:
+        first, _ = archive.add(Session(name="caf\u00e9"), QUESTION)
+        again, _ = archive.add(Session(name="CAFE\u0301"), QUESTION)
+        assert first.id == again.id == archive.find("cafe\u0301").id
+
+
+def test_a_limit_may_be_any_number(path: Path) -> None:
+    with Archive(path) as archive:
+        archive.add(Session(name="a"), QUESTION)
+        assert len(archive.listed(10**30)) == 1
 
 
 def test_a_models_path_that_is_no_text_is_kept_as_far_as_it_goes(path: Path) -> None:
