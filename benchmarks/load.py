@@ -22,10 +22,14 @@ class Unanswered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt without a template, and the tokens to be written after it."""
+    """A prompt without a template, and the tokens to be written after it.
+
+    banned   tokens that are not to be drawn
+    """
 
     prompt: str
     n_tokens: int
+    banned: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -60,6 +64,7 @@ async def stream(port: int, ask: Ask) -> Heard:
         "temperature": 0,
         "stream": True,
         "ignore_eos": True,
+        **({"logit_bias": dict.fromkeys(map(str, ask.banned), -100)} if ask.banned else {}),
     }
     raw = json.dumps(body).encode()
     head = (

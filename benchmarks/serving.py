@@ -49,6 +49,7 @@ from llamacli.launch import STEP_SECONDS
 N_WORDS, N_TOKENS = 48, 32
 N_STREAMS = 4
 N_CTX = 2560  # for each slot; a model may have less
+WORDLESS = range(259)  # of Llama 2's vocabulary: control tokens and single bytes, which may bring no text by themselves
 N_RUNS = 3
 RATE = "tokens/s"
 
@@ -173,7 +174,8 @@ def _medians(found: Mapping[str, list[Crowd]], measure: Callable[[Heard], float]
 
 
 def _among_streams(side: Running, prompts: Prompts) -> Crowd:
-    streams = [Ask(prompts.of_words(8), 8 * N_TOKENS) for _ in range(N_STREAMS)]
+    """Every token of a stream brings text, so that a gap between two events is a gap between two tokens."""
+    streams = [Ask(prompts.of_words(8), 8 * N_TOKENS, WORDLESS) for _ in range(N_STREAMS)]
     late = Ask(prompts.of_tokens(prompts.n_long), 2)
     return interrupted(side.port, streams, late)[0]
 
