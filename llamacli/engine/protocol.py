@@ -45,7 +45,7 @@ class Tell:
     READY = 0  # ModelFacts as a dict
     NOTICE = 1  # a line for the user
     FAILED = 2  # an error's name and message: it will not be ready
-    STEP = 3  # packed deltas, {token: bytes} told for the first time, [(request id, error, message)], Load
+    STEP = 3  # packed deltas, {token: bytes} told for the first time, [(request id, error, message)], Load, ids begun
     ENCODED = 4  # question id, bytes of array("i"), format, trim
     NOT_ENCODED = 5  # question id, an error's name and message: for EMBED too
     EMBEDDED = 6  # question id, vectors as bytes of float32, number of tokens

@@ -55,12 +55,15 @@ class Stream:
     for the request (UsageError, InputTooLong), or EngineCrashed when the process dies. While nobody reads, at most a
     few hundred deltas are kept: the sequence is paused, its slot given to others, and after STALL_SECONDS the stream
     ends with FinishReason.CANCELLED.
+
+    has_begun   something of it has been computed; from the beginning where no other sequence is in its way
     """
 
-    __slots__ = ("_deltas", "_error", "_is_over", "_owner", "_paused_at", "_waiter", "id")
+    __slots__ = ("_deltas", "_error", "_is_over", "_owner", "_paused_at", "_waiter", "has_begun", "id")
 
-    def __init__(self, owner: EngineProcess, id: int) -> None:
+    def __init__(self, owner: EngineProcess, id: int, *, has_begun: bool) -> None:
         self.id = id
+        self.has_begun = has_begun
         self._owner = owner
         self._deltas: list[Delta] = []
         self._error: LlamacliError | None = None
@@ -98,6 +101,7 @@ class Stream:
             self._wake()
 
     def _take(self, delta: Delta) -> None:
+        self.has_begun = True
         self._deltas.append(delta)
         if delta.finish_reason is not None:
             self._is_over = True
@@ -241,7 +245,8 @@ class EngineProcess:
         if len(self._streams) >= MAX_STREAMS:
             raise ResourceError(f"{MAX_STREAMS:,} answers are being waited for already: try again later")
         self._last_id += 1
-        stream = self._streams[self._last_id] = Stream(self, self._last_id)
+        is_first = self.facts is not None and len(self._streams) < self.facts.slots
+        stream = self._streams[self._last_id] = Stream(self, self._last_id, has_begun=is_first)
         tokens = prompt if isinstance(prompt, array) else array("i", prompt)
         life.say((Ask.ADD, stream.id, tokens.tobytes(), packed_params(params), trim, is_stored))
         return stream
@@ -412,11 +417,15 @@ class EngineProcess:
         pieces: dict[int, bytes],
         refusals: list[tuple[int, str, str]],
         load: tuple[int, ...],
+        begun: list[int],
     ) -> None:
         self._load = Load(*load)
         if pieces:
             self._pieces |= pieces
         streams = self._streams
+        for request in begun:
+            if request in streams:
+                streams[request].has_begun = True
         for values in deltas:
             stream = streams.get(values[0])
             if stream is not None:  # else it was cancelled while this was on its way

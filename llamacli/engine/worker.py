@@ -90,6 +90,7 @@ class Worker:
         self._sequences: dict[int, Sequence] = {}  # by request id
         self._requests: dict[int, int] = {}  # sequence id → request id
         self._awaited: set[int] = set()  # embeddings that somebody waits for
+        self._waiting: set[int] = set()  # requests of which nothing has been computed so far
         self._leaving: set[int] = set()  # requests whose cancel has been heard, but not yet obeyed
         self._refusals: list[tuple[int, str, str]] = []
         self._told: set[int] = set()  # tokens whose bytes the other side knows
@@ -148,6 +149,7 @@ class Worker:
             self._refusals.append((request, type(error).__name__, str(error)))
             return
         self._sequences[request] = sequence
+        self._waiting.add(request)
         self._requests[sequence.id] = request
         if trim:
             self._said[sequence.id] = []
@@ -180,6 +182,7 @@ class Worker:
     def _forget(self, sequence: Sequence) -> None:
         request = self._requests.pop(sequence.id)
         del self._sequences[request]
+        self._waiting.discard(request)
         self._said.pop(sequence.id, None)
         self._leaving.discard(request)
 
@@ -187,6 +190,8 @@ class Worker:
         """One frame for the step."""
         told = [packed_delta(delta, self._requests[delta.sequence_id]) for delta in deltas]
         pieces = self._new_pieces(deltas)
+        begun = [request for request in self._waiting if self._sequences[request].slot is not None]
+        self._waiting.difference_update(begun)
         for delta in deltas:
             if delta.sequence_id in self._said:
                 self._said[delta.sequence_id].append(delta.text)
@@ -196,7 +201,7 @@ class Worker:
                     self._remember(sequence)
                 self._forget(sequence)
         refusals, self._refusals = self._refusals, []
-        self._channel.send((Tell.STEP, told, pieces, refusals, tuple(self._engine.load)))
+        self._channel.send((Tell.STEP, told, pieces, refusals, tuple(self._engine.load), begun))
 
     def _remember(self, sequence: Sequence) -> None:
         """A conversation may go on from this answer."""

@@ -47,7 +47,6 @@ class Answering:
         if exchange.forbids_storing:
             ask = replace(ask, is_stored=False)
         work = await self.service.open(ask)
-        record.prompt_tokens = work.prompt_tokens
         watcher = asyncio.ensure_future(exchange.gone())
         watcher.add_done_callback(lambda _: work.cancel())
         try:
@@ -56,6 +55,7 @@ class Answering:
             else:
                 await self._whole(exchange, work, shape, started)
         finally:
+            record.prompt_tokens = work.prompt_tokens if work.has_begun else 0
             record.completion_tokens = work.n_drawn
             watcher.cancel()
             with suppress(asyncio.CancelledError):

@@ -51,6 +51,8 @@ class Script:
 
 
 class _Said:
+    has_begun = True
+
     def __init__(self, deltas: list[Delta]) -> None:
         self._deltas = deltas
 

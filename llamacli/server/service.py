@@ -50,6 +50,9 @@ class Engine(Protocol):
 class Pieces(Protocol):
     """The deltas of one answer as they come: a supervisor.Stream, or a script."""
 
+    @property
+    def has_begun(self) -> bool: ...
+
     def __aiter__(self) -> AsyncIterator[list[Delta]]: ...
 
     def cancel(self) -> None: ...
@@ -68,6 +71,11 @@ class Work:
     is_in_order: bool = False
     n_drawn: int = 0
     is_cancelled: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has been computed of it."""
+        return any(stream.has_begun for stream in self.streams)
 
     def cancel(self) -> None:
         """Stop computing, at once. What waits for pieces is told that there are no more."""

@@ -88,6 +88,22 @@ def test_who_leaves_with_more_requests_in_the_pipe_stops_costing(manner: str, se
     assert metric(server, "decode_tokens_total") - before < 0.7 * MANY
 
 
+def test_who_leaves_the_queue_is_charged_for_nothing(server: Server) -> None:
+    before = metric(server, "prompt_tokens_total")
+    with connected(server) as busy:
+        busy.sendall(post(LONG_ANSWERS | {"stream": True}, path="/v1/completions"))
+        eventually(lambda: metric(server, "queue_depth") == 12)  # beside four that are computed
+        waiting = connected(server)
+        waiting.sendall(post({"prompt": "one of many words " * 50}, path="/v1/completions"))
+        eventually(lambda: metric(server, "queue_depth") == 13)
+        n_gone = n_refused_or_gone(server)
+        waiting.close()
+        eventually(lambda: n_refused_or_gone(server) == n_gone + 1)
+        assert metric(server, "prompt_tokens_total") == before
+    eventually(lambda: is_quiet(server))
+    eventually(lambda: metric(server, "prompt_tokens_total") > before)  # who leaves later is
+
+
 def test_an_old_client_that_leaves_is_noticed_too(server: Server) -> None:
     """HTTP/1.0 knows no interim answers that could be sent to see whether somebody is there."""
     before = metric(server, "decode_tokens_total")
