@@ -296,16 +296,17 @@ class ChatShape:
         return self.frame.dump("chat.completion", choices, usage=usage_of(answers, self.request.ask.n)).encode()
 
     def _message(self, answer: Answer) -> dict[str, Any]:
-        call = None
+        call, is_cut = None, False
         if self.request.tools:
-            call = tools.call_in(answer.text, is_cut=answer.finish_reason is not FinishReason.STOP)
+            is_cut = _is_cut(answer)
+            call = tools.call_in(answer.text, is_cut=is_cut)
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if call:
             message |= {"content": None, "tool_calls": [_call_object(self._call_id(answer), call)]}
         return {
             "index": answer.index,
             "message": message,
-            "finish_reason": _chat_reason(answer.finish_reason, is_call=call is not None),
+            "finish_reason": _chat_reason(answer.finish_reason, is_call=call is not None and not is_cut),
         }
 
     def opening(self) -> bytes:
@@ -322,7 +323,7 @@ class ChatShape:
         elif text or logprobs:
             events = self._chunk(answer.index, {"content": text}, logprobs)
         if answer.finish_reason is not None:
-            reason = _chat_reason(answer.finish_reason, is_call=is_call)
+            reason = _chat_reason(answer.finish_reason, is_call=is_call and not _is_cut(answer))
             events += self._chunk(answer.index, {}, reason=reason)
         return events
 
@@ -339,7 +340,7 @@ class ChatShape:
         reader = self._readers.setdefault(answer.index, tools.CallReader())
         was_named = reader.name is not None
         ended = answer.finish_reason is not None
-        content, arguments = reader.feed(text, ended=ended, is_cut=answer.finish_reason is not FinishReason.STOP)
+        content, arguments = reader.feed(text, ended=ended, is_cut=ended and _is_cut(answer))
         events = self._chunk(answer.index, {"content": content}) if content else b""
         if reader.name is not None and not was_named:
             call = _call_object(self._call_id(answer), tools.Call(reader.name, ""))
@@ -442,6 +443,11 @@ def _call_object(call_id: str, call: tools.Call) -> dict[str, Any]:
 def _chat_reason(reason: FinishReason | None, *, is_call: bool) -> str | None:
     said = wire(reason)
     return "tool_calls" if is_call and said == "stop" else said
+
+
+def _is_cut(answer: Answer) -> bool:
+    """Whether a call that this answer may be lacks its end."""
+    return answer.finish_reason is not FinishReason.STOP or not tools.is_whole(answer.text)
 
 
 def _shown(piece: bytes) -> str:

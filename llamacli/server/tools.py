@@ -129,6 +129,15 @@ def call_in(text: str, *, is_cut: bool) -> Call | None:
     return Call(match[1], arguments if is_cut else arguments.removesuffix("}"))
 
 
+def is_whole(text: str) -> bool:
+    """Whether the answer that is a call is one to its end: a stop string may stand in the arguments."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 class CallReader:
     """Tells a call from a text while it streams. Holds back what may still belong to the call's beginning."""
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import openai
@@ -147,6 +147,20 @@ def test_a_streamed_call_comes_as_a_name_and_then_its_arguments(client: openai.O
     assert isinstance(json.loads(arguments), dict)
     assert reasons == ["tool_calls"]
     assert len(ids) == 1
+
+
+def test_a_call_that_a_stop_string_ends_does_not_pass_for_a_whole_one(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER], "tool_choice": "required", "seed": 1} | HOT
+    choice = client.chat.completions.create(**asked, stop='"days').choices[0]
+    (call,) = cast(Any, choice.message.tool_calls)
+    assert choice.finish_reason == "stop"
+    assert call.function.arguments.startswith('{"city":') and call.function.arguments.endswith(",")
+    streamed, reason = "", None
+    for chunk in client.chat.completions.create(**asked, stop='"days', stream=True):
+        for part in chunk.choices[0].delta.tool_calls or []:
+            streamed += (part.function and part.function.arguments) or ""
+        reason = chunk.choices[0].finish_reason or reason
+    assert (streamed, reason) == (call.function.arguments, "stop")
 
 
 def test_without_being_required_the_model_may_just_answer(client: openai.OpenAI) -> None:
