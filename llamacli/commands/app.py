@@ -311,6 +311,7 @@ def batch(
     gpu_layers: options.GpuLayers = None,
     require_gpu: options.RequireGpu = None,
     threads: options.Threads = None,
+    kv_type: KvType = None,
     draft_model: options.DraftModel = None,
     no_speculation: options.NoSpeculation = None,
     offline: options.Offline = None,

@@ -7,7 +7,7 @@ import sys
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from llamacli.commands.terminal import Notices, harmless
+from llamacli.commands.terminal import Notices, before_dying, harmless
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -51,6 +51,7 @@ class Pace:
         )
         self._task = self._rich.add_task(self._what, total=self._total, completed=self.done, rate="")
         self._rich.start()
+        before_dying(self.end)  # which shows the cursor again
 
     def count(self, n: int = 1, *, n_tokens: int = 0) -> None:
         """So many more are done; their answers have so many tokens."""

@@ -7,7 +7,7 @@ import sys
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from llamacli.commands.terminal import Notices, harmless
+from llamacli.commands.terminal import Notices, before_dying, harmless
 from llamacli.models.transfer import Progress, Report
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Bar:
         # Begun with the first report, so that bytes of an earlier run do not count for the rate.
         task = rich.add_task(name, start=False, total=total, trouble="")
         rich.start()
+        before_dying(self.end)  # which shows the cursor again
         has_begun = False
 
         def report(progress: Progress) -> None:
@@ -97,6 +98,7 @@ class Stages:
         )
         self._task = self._rich.add_task(harmless(self._what), total=1.0, stage="")
         self._rich.start()
+        before_dying(self.end)
 
     def report(self, share: float | None, stage: str) -> None:
         """share   of all the work that is done, from 0 to 1; None where nobody knows: then not every stage is a line"""

@@ -132,8 +132,10 @@ class Resident:
             self._loaded.set()
         while (task := self._tasks.get()) is not None:
             if isinstance(task, Event):
-                self._save()
-                task.set()
+                try:
+                    self._save()
+                finally:
+                    task.set()
                 continue
             try:
                 self._answer(task)

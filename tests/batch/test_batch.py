@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def test_it_reads_stdin_and_writes_stdout(llamacli: Run) -> None:
     done = llamacli("batch", "-", "-q", *GREEDY, input=json.dumps({"prompt": QUESTION}))
     assert (done.returncode, done.stderr) == (0, "")
     assert [each["answer"] for each in answers(done.stdout)] == [ANSWER]
+
+
+def test_the_cache_may_take_half_the_memory(llamacli: Run) -> None:
+    done = llamacli("batch", "-", "-v", "-n", "4", "--kv-type", "q8_0", input=json.dumps({"prompt": QUESTION}))
+    assert done.returncode == 0 and "kv_type = q8_0 (--kv-type)" in done.stderr
+    refused = llamacli("batch", "-", "--kv-type", "q9", input=json.dumps({"prompt": QUESTION}))
+    assert (refused.returncode, refused.stdout) == (2, "") and "f16 or q8_0, not 'q9'" in refused.stderr
 
 
 def test_standard_output_is_added_to_and_never_emptied(llamacli: Run, tmp_path: Path) -> None:
@@ -420,6 +428,29 @@ def test_a_pipe_whose_reader_goes_away_ends_it(environment: dict[str, str], tmp_
         assert process.wait(60) == -signal.SIGPIPE
     refused = subprocess.run([*command, "--resume"], env=environment, capture_output=True, timeout=60)
     assert refused.returncode == 2 and b"is no file" in refused.stderr
+
+
+def test_the_terminal_has_its_cursor_again_when_the_reader_goes_away(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    source = written(tmp_path / "in.jsonl", *prompts(60))
+    command = [*PROGRAM, "batch", str(source), "-n", "8", "--slots", "1"]
+    ours, theirs = os.openpty()
+    try:
+        with subprocess.Popen(
+            command, env=environment | {"TERM": "xterm"}, stdout=subprocess.PIPE, stderr=theirs
+        ) as process:
+            os.close(theirs)
+            assert process.stdout is not None and process.stdout.read(1) == b"{"
+            process.stdout.close()
+            shown = b""
+            with suppress(OSError):  # as the end of a terminal is told
+                while part := os.read(ours, 1 << 16):
+                    shown += part
+            assert process.wait(60) == -signal.SIGPIPE
+    finally:
+        os.close(ours)
+    assert shown.rindex(b"\x1b[?25l") < shown.rindex(b"\x1b[?25h")
 
 
 def test_two_batches_never_write_one_file(environment: dict[str, str], llamacli: Run, tmp_path: Path) -> None:
