@@ -95,7 +95,7 @@ class Conversation:
 
         More than would do, so that not every turn begins anew: what stays takes half of the context, or is nothing.
         """
-        if len(self.prompt(question).tokens) <= room:
+        if not self.exchanges or len(self.prompt(question).tokens) <= room:
             return 0
         goal = min(room, limit // ROOM_AFTER_DROPPING)
 

@@ -94,6 +94,8 @@ def test_as_many_of_the_oldest_go_that_the_next_turns_need_no_dropping(make: Con
     assert 0 < len(make.exchanges) < len(SHORT) and make.exchanges[-1] == SHORT[-1]
     assert len(make.prompt("Bye").tokens) <= n_all // 2
     assert make.n_to_drop("Bye", 10, 20) == len(make.exchanges)
+    make.forget(len(make.exchanges))
+    assert make.n_to_drop("Bye", 1, 20) == 0, "there is none that could go"
 
 
 def test_a_summary_stands_behind_the_system_prompt(make: Conversation) -> None:

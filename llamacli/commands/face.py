@@ -81,7 +81,9 @@ class Face(Protocol):
 def _goes_on(lines: Sequence[str]) -> bool:
     """Whether more lines belong to these: as the last one says, or the first one, of a text in quotes."""
     last = lines[-1].rstrip("\n")
-    return is_open(QUOTES + last if len(lines) > 1 and lines[0].lstrip().startswith(QUOTES) else last)
+    if len(lines) == 1:
+        return is_open(last)
+    return is_open((QUOTES if lines[0].lstrip().startswith(QUOTES) else "\\\n") + last)
 
 
 class Pipe:

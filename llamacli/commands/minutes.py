@@ -32,7 +32,7 @@ class Minutes:
         self._notices = notices
         self._writes = self._writes_always = writes
         self._unwritten: list[Turn] = []  # answered, the oldest first
-        self._withdrawn: list[int] = []  # ids of turns that are still part of the conversation in the file
+        self._withdrawn: list[Turn] = []  # those that are still part of the conversation in the file
         self._ids: dict[float, int] = {}  # of turns, by the time they were asked
         self._last_dropped = 0.0  # when the turn was asked behind which the conversation begins, if it has no id yet
         self._said = ""
@@ -56,7 +56,7 @@ class Minutes:
         """The turn is no part of the conversation any more."""
         self._unwritten = [other for other in self._unwritten if other.asked != turn.asked]
         if written := self.id_of(turn):
-            self._withdrawn.append(written)
+            self._withdrawn.append(replace(turn, id=written))
             self._catch_up()
 
     def begins_behind(self, turn: Turn, summary: str | None) -> None:

@@ -69,7 +69,11 @@ class Life(asyncio.Protocol):
                 start_new_session=True,
             )
         await self._loop.connect_read_pipe(lambda: self._stderr, self._child.stderr)
-        await self._loop.create_unix_connection(lambda: self, sock=self._socket)
+        try:
+            await self._loop.create_unix_connection(lambda: self, sock=self._socket)
+        except asyncio.CancelledError:
+            self._transport = None  # uvloop has closed it, and never says that it is lost
+            raise
         assert self._transport is not None
         self._transport.write(packed(astuple(recipe)))
 

@@ -101,7 +101,7 @@ class Stream:
             self._wake()
 
     def _take(self, delta: Delta) -> None:
-        self.has_begun = True
+        self.has_begun |= delta.finish_reason is not FinishReason.CANCELLED  # which may be all that it gets
         self._deltas.append(delta)
         if delta.finish_reason is not None:
             self._is_over = True

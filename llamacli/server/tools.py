@@ -133,7 +133,7 @@ def is_whole(text: str) -> bool:
     """Whether the answer that is a call is one to its end: a stop string may stand in the arguments."""
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a thousand brackets, and the stop string
         return False
     return True
 

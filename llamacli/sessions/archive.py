@@ -140,19 +140,20 @@ class Archive(Database):
             self.write("UPDATE sessions SET updated = ? WHERE id = ?", [(time(), session.id)])
         return session, turn
 
-    def replaced(self, turn: int) -> None:
-        """The turn of this id is no part of its conversation any more."""
+    def replaced(self, turn: Turn) -> None:
+        """The turn is no part of its conversation any more."""
         with self.transaction():
-            self.write("UPDATE turns SET is_replaced = 1 WHERE id = ?", [(turn,)])
+            self.write("UPDATE turns SET is_replaced = 1 WHERE id = ? AND asked = ?", [(turn.id, turn.asked)])
 
     def keep(self, session: Session, name: str | None = None) -> Session:
         """Write what is known of a session, under a new name if there is one. UsageError for one that another has."""
         with self.transaction():
             if name is None:
                 return self._written(self._as_left(session))
-            other = self.named(checked_name(name))
-            if other is not None and other.id != session.id:
+            found, other = self._same(session), self.named(checked_name(name))
+            if other is not None and other != found:
                 raise UsageError(f"there is a session {name!r} already: say another name")
+            session = session if found is not None else replace(session, id=0, start=0)
             return self._written(replace(session, name=checked_name(name)))
 
     def remove(self, session: Session) -> None:
@@ -177,12 +178,17 @@ class Archive(Database):
         Only within a transaction: other processes name and remove sessions, too. The file may be another one, where
         the id is another session's.
         """
-        found = self._one("WHERE id = ? AND created = ?", session.id, session.created) if session.id else None
-        if found is None and session.name is not None:
-            found = self.named(session.name)
+        found = self._same(session)
+        if found is not None:
+            return replace(session, name=found.name)
+        found = self.named(session.name) if session.name is not None else None
         if found is None:
-            return replace(session, id=0)
-        return replace(session, id=found.id, name=found.name, created=found.created)
+            return replace(session, id=0, start=0)
+        return replace(session, id=found.id, name=found.name, created=found.created, start=found.start)
+
+    def _same(self, session: Session) -> Session | None:
+        """As it stands in the file by now."""
+        return self._one("WHERE id = ? AND created = ?", session.id, session.created) if session.id else None
 
     def _written(self, session: Session) -> Session:
         """Only within a transaction."""

@@ -428,9 +428,9 @@ def test_a_line_is_a_question_and_an_answer_is_bare(llamacli: Run) -> None:
 
 
 def test_a_text_of_many_lines_is_read_line_by_line_and_comes_to_an_end(llamacli: Run) -> None:
-    done = chat(llamacli, "-n", "1", input='first\\\r\nsecond\r\n"""a\n\nb\\\nc"""\nx\\\\\n"""open\n')
+    done = chat(llamacli, "-n", "1", input='first\\\r\nsecond\r\n"""a\n\nb\\\nc"""\nx\\\\\na\\\n"""b\n"""open\n')
     asked = [turn["question"] for turn in logged(llamacli)["turns"]]
-    assert done.returncode == 0 and asked[1:] == ["a\n\nb\\\nc", "x\\\\", "open"]
+    assert done.returncode == 0 and asked[1:] == ["a\n\nb\\\nc", "x\\\\", 'a\n"""b', "open"]
     assert asked[0] == "first\nsecond"
     for line in (f"{'a' * 999}\\\n", f'"""{"a" * 999}\n'):
         endless = chat(llamacli, input=line * ((16 << 20) // len(line) + 1))

@@ -179,6 +179,19 @@ def test_what_is_wrong_with_a_request_is_raised_for_it_alone() -> None:
     run(test())
 
 
+def test_who_still_waits_when_the_server_goes_has_not_begun() -> None:
+    async def test() -> None:
+        async with EngineProcess(recipe(slots=1, row_seconds=0.01)) as engine:
+            streams = [engine.submit([5] * 20, TEN) for _ in range(2)]
+            await until(lambda: engine.stats.load.slots_busy)
+            await engine.stop(0)
+            ends = [[delta async for deltas in stream for delta in deltas][-1].finish_reason for stream in streams]
+            assert ends == [FinishReason.CANCELLED] * 2
+            assert [stream.has_begun for stream in streams] == [True, False]
+
+    run(test())
+
+
 def test_a_prompt_is_encoded_while_a_batch_computes() -> None:
     async def test() -> None:
         async with EngineProcess(recipe(row_seconds=0.01, n_batch=64)) as engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -85,3 +86,14 @@ def test_a_server_may_end_with_the_program_that_holds_its_stdin(environment: dic
     finally:
         os.close(ours)
     assert json.loads(received.rpartition(b"data: ")[2].partition(b"\n")[0])["code"] == 503
+
+
+def test_a_server_whose_stdin_ends_before_its_model_is_loaded_ends(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "serve", "-m", "tiny", "--port", "0", "--until-eof"],
+        env=environment,
+        input=b"",
+        stderr=subprocess.PIPE,
+        timeout=20,
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr

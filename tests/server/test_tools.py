@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacli.server.tools import CallReader, call_in
+from llamacli.server.tools import CallReader, call_in, is_whole
 
 ANSWERS = [
     '{"name":"f","arguments":{}}',
@@ -36,3 +36,9 @@ def test_a_streamed_answer_is_what_the_whole_one_is(is_cut: bool, answer: str, c
         assert (reader.name, content, arguments) == (None, text, "")
     else:
         assert (reader.name, content, arguments) == (call.name, "", call.arguments)
+
+
+@pytest.mark.parametrize("end", ["", "{}", "[" * 100_000])
+def test_a_call_without_its_end_is_not_whole_however_deep_it_goes(end: str) -> None:
+    assert not is_whole('{"name":"f","arguments":' + end)
+    assert is_whole(ANSWERS[1])

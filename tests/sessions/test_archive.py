@@ -52,7 +52,7 @@ def test_a_question_is_kept_before_its_answer_and_what_is_replaced_is_gone_from_
         assert archive.turns(session)[0].answer is None
         archive.answer(session, replace(asked, answer="Because.", tokens=array("i", [1])))
         _, other = archive.add(session, replace(QUESTION, question="Why not?"))
-        archive.replaced(asked.id)
+        archive.replaced(asked)
         assert archive.turns(session) == [other]
 
 
@@ -82,6 +82,20 @@ def test_in_a_file_that_was_put_in_the_place_of_theirs_conversations_do_not_mix(
         archive.answer(session, replace(turn, answer="Because."))
         session, _ = archive.add(session, QUESTION)
         assert archive.turns(other) == [others] and archive.find("b").id == other.id != session.id
+
+
+def test_what_a_conversation_was_before_its_file_was_replaced_changes_nothing_of_another_one(path: Path) -> None:
+    with Archive(path) as archive:
+        session, turn = archive.add(Session(), Turn(question="Why?"))
+    path.rename(path.with_suffix(".old"))
+    with Archive(path) as archive:
+        other, others = archive.add(Session(name="b"), QUESTION)
+        archive.replaced(turn)
+        session = archive.keep(replace(session, start=50), "a")
+        assert (session.name, session.start, archive.turns(session)) == ("a", 0, [])
+        assert archive.find("b").id == other.id != session.id and archive.turns(other) == [others]
+        joined, _ = archive.add(Session(name="a", id=99, start=50), QUESTION)
+        assert (joined.id, joined.start) == (session.id, 0)
 
 
 def test_a_name_that_was_given_or_taken_meanwhile_stays_and_does_not_cost_the_answer(path: Path) -> None:
