@@ -121,6 +121,8 @@ class _Source:
         if wishes.format not in (None, "jsonl", "csv"):
             raise UsageError(f"--format must be jsonl or csv, not {wishes.format[:40]}")
         self._file = self._opened()
+        # Whether all of it is there, and can be read twice. Found out now: who reads it to its end closes it.
+        self._is_file = self._name != "-" and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
 
     def _opened(self) -> BinaryIO:
         if self._name == "-":
@@ -134,11 +136,6 @@ class _Source:
     def feed(self) -> Feed:
         lines = self._lines(self._file)
         return Ready(lines) if self._is_file else Coming(lines)
-
-    @property
-    def _is_file(self) -> bool:
-        """Whether all of it is there, and can be read twice."""
-        return stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and self._name != "-"
 
     def _lines(self, file: BinaryIO) -> Iterator[Line]:
         if not self._is_csv:
