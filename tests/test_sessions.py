@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def test_a_damaged_database_costs_the_log_and_not_the_answer(llamacli: Run, data
 
 def test_a_newer_database_costs_the_log_and_not_the_answer(llamacli: Run, database: Path) -> None:
     llamacli("-n", "2", "hi")
-    with sqlite3.connect(database) as connection:
+    with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("PRAGMA user_version = 99")
     broken_answers(llamacli, "install a newer llamacli")
     refused = llamacli("--continue", "hi")

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -489,7 +490,7 @@ def test_a_question_that_was_not_sent_again_is_still_the_one_that_has_no_answer(
     environment: dict[str, str], data: Path, llamacli: Run
 ) -> None:
     llamacli("--temperature", "0", "--session", "a", ADA)
-    with sqlite3.connect(data / "sessions.sqlite3") as connection:
+    with closing(sqlite3.connect(data / "sessions.sqlite3")) as connection, connection:
         connection.execute("INSERT INTO turns (session, question, tokens, asked) VALUES (1, ?, x'', 1)", (WHO,))
     with Terminal([*CHAT, "--session", "a", "-c", "256"], environment) as terminal:
         terminal.wait_for("of 256 tokens")

@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import threading
 from array import array
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,11 +226,11 @@ def test_a_damaged_file_is_one_line_that_says_what_to_do(path: Path, damage: obj
 
 def test_a_newer_file_and_one_of_another_program_are_refused(path: Path) -> None:
     Archive(path).close()
-    with sqlite3.connect(path) as other:
+    with closing(sqlite3.connect(path)) as other, other:
         other.execute(f"PRAGMA user_version = {VERSION + 1}")
     with pytest.raises(UsageError, match=f"has layout {VERSION + 1}.*install a newer llamacli"):
         Archive(path)
-    with sqlite3.connect(path) as other:
+    with closing(sqlite3.connect(path)) as other, other:
         other.execute("PRAGMA application_id = 7")
     with pytest.raises(ResourceError, match="another program"):
         Archive(path)
