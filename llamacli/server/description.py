@@ -285,7 +285,8 @@ def _simulation() -> list[Operation]:
 
 def describe(about: About) -> dict[str, Any]:
     paths: dict[str, Any] = {}
-    for operation in operations(about):
+    listed = operations(about)
+    for operation in listed:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
     keys: list[dict[str, list[str]]] = [{"header": []}, {"bearer": []}, {"query": []}]
     return {
@@ -302,7 +303,7 @@ def describe(about: About) -> dict[str, Any]:
         },
         "servers": [{"url": about.url}],
         "security": keys if about.needs_key else [{}, *keys],
-        "tags": [{"name": name} for name in dict.fromkeys(each.tag for each in operations(about))],
+        "tags": [{"name": name} for name in dict.fromkeys(each.tag for each in listed)],
         "paths": paths,
         "components": {
             "schemas": components(about.defaults) | (schemas.simulation() if about.simulates else {}),

@@ -73,10 +73,15 @@ def test_an_answer_to_a_question_that_was_removed_meanwhile_is_kept_with_it(path
         assert [(each.question, each.answer) for each in archive.turns(archive.find("a"))] == [("Why?", "Because.")]
 
 
-def test_in_a_file_that_was_put_in_the_place_of_theirs_conversations_do_not_mix(path: Path) -> None:
+def of_a_file_that_was_moved_away(path: Path) -> tuple[Session, Turn]:
     with Archive(path) as archive:
         session, turn = archive.add(Session(), Turn(question="Why?"))
     path.rename(path.with_suffix(".old"))
+    return session, turn
+
+
+def test_in_a_file_that_was_put_in_the_place_of_theirs_conversations_do_not_mix(path: Path) -> None:
+    session, turn = of_a_file_that_was_moved_away(path)
     with Archive(path) as archive:
         other, others = archive.add(Session(name="b"), QUESTION)
         assert (other.id, others.id) == (session.id, turn.id)
@@ -86,9 +91,7 @@ def test_in_a_file_that_was_put_in_the_place_of_theirs_conversations_do_not_mix(
 
 
 def test_what_a_conversation_was_before_its_file_was_replaced_changes_nothing_of_another_one(path: Path) -> None:
-    with Archive(path) as archive:
-        session, turn = archive.add(Session(), Turn(question="Why?"))
-    path.rename(path.with_suffix(".old"))
+    session, turn = of_a_file_that_was_moved_away(path)
     with Archive(path) as archive:
         other, others = archive.add(Session(name="b"), QUESTION)
         archive.replaced(turn)
